@@ -1,0 +1,19 @@
+"""Secateur takes a trained network and gives back a smaller, faster one that loads everywhere."""
+
+from secateur.errors import RequestError, RunError, SecateurError
+from secateur.evaluation import ResultCard, evaluate
+from secateur.recipe import Recipe
+from secateur.registry import methods as list_methods
+from secateur.run import Result, compress
+
+__all__ = [
+    "Recipe",
+    "RequestError",
+    "Result",
+    "ResultCard",
+    "RunError",
+    "SecateurError",
+    "compress",
+    "evaluate",
+    "list_methods",
+]

@@ -1,0 +1,272 @@
+"""The command line."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from secateur.context import Advance, _Silent
+from secateur.errors import RequestError, SecateurError
+from secateur.files import human, parse_size
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Takes a trained network and gives back a smaller, faster one that loads everywhere.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A directory, a hub id, a .gguf file, or package:NAME.", show_default=False)]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")]
+LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print results and errors only.")]
+
+
+@app.command()
+def compress(
+    model: Annotated[str | None, typer.Argument(help="A directory, hub id, .gguf file or package:NAME.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method; `secateur methods` lists them.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, or STEP.key=value for a recipe.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML recipe, or the secateur.json of an earlier run.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory to write.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Every random stream follows from it.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default the source's own.")] = None,
+    device: Annotated[str, typer.Option(help="Where tensors are computed.")] = "cpu",
+    max_memory: Annotated[
+        str | None, typer.Option(help="What a whole model may take when checked, such as 8GB.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over instead of going on.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and needed; write nothing.")
+    ] = False,
+    text: Annotated[Path | None, typer.Option(help="Text for the perplexity on the result card.")] = None,
+    evaluate: Annotated[bool, typer.Option(help="Measure the result against the original.")] = True,
+    trust_remote_code: Trust = False,
+    log_level: LogLevel = "warning",
+    debug: Debug = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compresses MODEL and writes it as an ordinary model directory that plain transformers opens."""
+    with _told(log_level, debug):
+        from secateur.recipe import Evaluate, Recipe
+        from secateur.report import show
+        from secateur.run import compress as run
+        from secateur.run import dry_run as forecast
+
+        if (method is None) == (recipe is None):
+            raise RequestError("give either --method NAME or --recipe FILE.")
+        plan = Recipe.read(recipe) if recipe else Recipe.parse({"steps": [{str(method): {}}]})
+        plan = plan.override(set_ or [])
+        if text is not None:
+            if not text.is_file():
+                raise RequestError(f"there is no text at {text}.")
+            plan = plan.model_copy(update={"evaluate": Evaluate(text=text)})
+        if output is None:
+            raise RequestError("name the directory to write with --output DIR.")
+        options: dict[str, Any] = {"recipe": plan, "output": output, "seed": seed, "dtype": dtype, "device": device}
+        if dry_run:
+            _print_forecast(forecast(model, trust_remote_code=trust_remote_code, **options))
+            return
+        result = run(
+            model,
+            max_memory=_size(max_memory),
+            restart=restart,
+            evaluate=evaluate,
+            trust_remote_code=trust_remote_code,
+            progress=_progress(quiet),
+            **options,
+        )
+        if result.receipt:
+            show(result.receipt, output, console)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    reference: Annotated[str | None, typer.Option(help="The model it was made from.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file; without one the reference writes its own.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens read at once.")] = None,
+    windows: Annotated[int | None, typer.Option(help="How many of the first windows; default all.")] = None,
+    dtype: Annotated[str, typer.Option(help="Both models are loaded in it.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where it is measured.")] = "cpu",
+    speed: Annotated[bool, typer.Option(help="Measure tokens a second.")] = True,
+    pairs: Annotated[int, typer.Option(help="Interleaved pairs of speed measurements.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of self-written text.")] = 0,
+    json_: Annotated[str | None, typer.Option("--json", help="Write the card as JSON to FILE, or - for here.")] = None,
+    trust_remote_code: Trust = False,
+    log_level: LogLevel = "warning",
+    debug: Debug = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measures MODEL: size, memory, speed, perplexity, and its divergence from a reference."""
+    with _told(log_level, debug):
+        from secateur.evaluation import evaluate as run
+        from secateur.evaluation import render, write_json
+
+        card = run(
+            model, reference, text=text, window=window, windows=windows, dtype=dtype, device=device, speed=speed,
+            pairs=pairs, seed=seed, trust_remote_code=trust_remote_code, progress=_progress(quiet),
+        )  # fmt: skip
+        if json_ != "-":
+            console.print(render(card))
+        if json_:
+            write_json(card, json_)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Lists the methods, or shows one with its parameters."""
+    with _told("warning", debug):
+        from secateur import registry
+
+        chosen = [registry.find(name)] if name else list(registry.methods().values())
+        if json_:
+            cards = [method.card() for method in chosen]
+            typer.echo(json.dumps(cards[0] if name else cards, indent=2))
+        elif name:
+            _print_method(chosen[0].card())
+        else:
+            table = Table("method", "kind", "data", "paper", "what it does")
+            for method in chosen:
+                table.add_row(method.name, method.kind, method.data, method.paper or "our own", method.summary)
+            console.print(table)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    trust_remote_code: Trust = False,
+    log_level: LogLevel = "warning",
+    debug: Debug = False,
+) -> None:
+    """Shows the structure of MODEL without reading its weights."""
+    with _told(log_level, debug):
+        from secateur.network.source import open_model
+        from secateur.report import inspection, show_inspection
+
+        source = open_model(model, trust_remote_code=trust_remote_code)
+        if json_:
+            typer.echo(json.dumps(inspection(source), indent=2))
+        else:
+            show_inspection(source, console)
+
+
+def _print_method(card: dict[str, Any]) -> None:
+    console.print(f"{card['name']} ({card['kind']}): {card['summary']}", highlight=False)
+    for key in ("paper", "claim", "when", "speedup", "decides", "data", "scope"):
+        console.print(f"  {key}: {card[key] or 'our own'}", highlight=False)
+    table = Table("parameter", "default", "meaning")
+    for name, entry in card["parameters"].items():
+        table.add_row(name, json.dumps(entry["default"]), entry["help"])
+    console.print(table)
+
+
+def _print_forecast(said: dict[str, Any]) -> None:
+    widths = {(unit["kept"], unit["of"]) for unit in said["widths"].values()}
+    if widths:
+        cut = ", ".join(f"{of} → {kept}" for kept, of in sorted(widths))
+        console.print(f"would cut: feed-forward neurons {cut} in {len(said['widths'])} blocks", highlight=False)
+    after = said["parameters_after"]
+    console.print(
+        f"parameters: {said['parameters']:,} → {after:,} (−{1 - after / said['parameters']:.1%})", highlight=False
+    )
+    console.print(f"would write: {human(said['bytes_written'])} to {said['output']}", highlight=False)
+    console.print(f"disk needed: {human(said['disk_needed'])}, free: {human(said['disk_free'])}", highlight=False)
+    console.print(f"memory needed: about {human(said['memory_needed'])}", highlight=False)
+    console.print(f"time: {said['time']}", highlight=False)
+    console.print("nothing was written.", highlight=False)
+
+
+def _size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return parse_size(text)
+    except (ValueError, KeyError):
+        raise RequestError(f"--max-memory {text} is not a size; write it like 8GB or 512MB.") from None
+
+
+def _progress(quiet: bool) -> Any:
+    """Bars on a terminal, plain lines elsewhere, nothing when quiet or in any but the first process."""
+    silent = quiet or int(os.environ.get("RANK", "0")) > 0
+
+    @contextmanager
+    def bar(label: str, total: int) -> Iterator[Advance]:
+        if silent:
+            yield _Silent()
+        elif errors.is_terminal:
+            columns = (TextColumn("{task.description:>9}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+            with Progress(*columns, TimeRemainingColumn(), console=errors, transient=True) as bars:
+                task = bars.add_task(label, total=total)
+                yield _Bar(bars, task)
+        else:
+            errors.print(f"{label} …", highlight=False)
+            yield _Silent()
+
+    return bar
+
+
+class _Bar:
+    def __init__(self, bars: Progress, task: Any) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, steps: int = 1, /) -> None:
+        self._bars.advance(self._task, steps)
+
+
+@contextmanager
+def _told(log_level: str, debug: bool) -> Iterator[None]:
+    """Turns errors into one sentence and an exit code; a traceback only with --debug."""
+    if log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        errors.print("error: --log-level is debug, info, warning or error.", highlight=False)
+        sys.exit(2)
+    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if not debug:
+        _quiet_libraries(log_level)
+    try:
+        yield
+    except SecateurError as error:
+        if debug:
+            raise
+        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on from here.")
+        sys.exit(130)
+    except (MemoryError, yaml.YAMLError) as error:
+        if debug:
+            raise
+        errors.print(f"error: {type(error).__name__}: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _quiet_libraries(log_level: str) -> None:
+    """transformers prints bars and warnings of its own while it loads; ours say what matters."""
+    import transformers
+
+    if log_level.upper() not in ("DEBUG", "INFO"):
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def main() -> None:
+    app()

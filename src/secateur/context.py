@@ -1,0 +1,142 @@
+"""What a running method may ask of its surroundings: random streams, resumable state, artifacts, other processes."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from secateur.files import read_tensors, write_json, write_tensors
+
+
+class Advance(Protocol):
+    """A progress bar as seen from the work: `advance()` after each item."""
+
+    def advance(self, steps: int = 1, /) -> None: ...
+
+
+class _Silent:
+    def advance(self, steps: int = 1, /) -> None:
+        pass
+
+
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+@contextmanager
+def silent(label: str, total: int) -> Iterator[Advance]:
+    """Progress for nobody: where there is no terminal."""
+    yield _Silent()
+
+
+def processes() -> tuple[int, int]:
+    """(rank, world) of this process: (0, 1) when the run is not distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Joins the processes that torchrun started, if it did; leaves them at the end."""
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if started:
+        # gloo, because what crosses processes here is small and lives on the CPU
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+class Context:
+    """One step's surroundings.
+
+    Args:
+        seed: of the run; every random stream is addressed from it.
+        step: position of the step in the recipe.
+        state: folder for resumable state, or None for none (Python use on a live module).
+        artifacts: folder that artifacts are written to, or None.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        step: int = 0,
+        state: Path | None = None,
+        artifacts: Path | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self.seed = seed
+        self.step = step
+        self.notes: dict[str, Any] = {}
+        self.warnings: list[str] = []
+        self.rank, self.world = processes()
+        self.progress = progress
+        self._state = state
+        self._artifacts = artifacts
+
+    def generator(self, *address: int | str) -> torch.Generator:
+        """A random stream that depends on (seed, step, address) alone, never on what was drawn before."""
+        text = json.dumps([self.seed, self.step, *address])
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
+        return torch.Generator().manual_seed(number)
+
+    def load(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """What `save` last kept under that name, or None."""
+        path = self._state / f"{name}.safetensors" if self._state else None
+        if path is None or not path.exists():
+            return None
+        tensors, metadata = read_tensors(path)
+        return tensors, json.loads(metadata["state"])
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any] | None = None) -> None:
+        """Keeps resumable state, atomically; every process must come here, the first one writes."""
+        if self._state and self.rank == 0:
+            write_tensors(self._state / f"{name}.safetensors", tensors, {"state": json.dumps(dict(meta or {}))})
+
+    def artifact(self, name: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any] | None = None) -> None:
+        """Writes `name`.safetensors and `name`.json into the output, such as a trained policy."""
+        if self._artifacts and self.rank == 0:
+            write_tensors(self._artifacts / f"{name}.safetensors", tensors)
+            write_json(self._artifacts / f"{name}.json", dict(meta or {}))
+
+    def note(self, key: str, value: Any) -> None:
+        """A fact for the receipt and the card; the value must be plain data."""
+        self.notes[key] = value
+
+    def warn(self, sentence: str) -> None:
+        """Something the person must read: on the card, once."""
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
+
+    def mine(self, total: int) -> range:
+        """Which of `total` pieces of work this process does."""
+        return range(self.rank, total, self.world)
+
+    def owner(self, index: int) -> int:
+        """The process that `mine` gives piece `index` to."""
+        return index % self.world
+
+    def gather(self, results: Mapping[int, Any]) -> dict[int, Any]:
+        """Every process's results by piece of work, in order: the same in every process."""
+        if self.world == 1:
+            return dict(sorted(results.items()))
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, dict(results))
+        return dict(sorted((index, value) for part in parts for index, value in part.items()))
+
+    def broadcast(self, tensor: torch.Tensor, owner: int = 0) -> torch.Tensor:
+        """`tensor` as the process `owner` has it, in place; shapes must agree."""
+        if self.world > 1:
+            dist.broadcast(tensor, owner)
+        return tensor

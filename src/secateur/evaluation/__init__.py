@@ -1,0 +1,39 @@
+"""What a model is worth: perplexity, divergence from its reference, speed, memory, and the card that shows them."""
+
+from secateur.evaluation.arithmetic import multiply_adds, parameters
+from secateur.evaluation.card import ResultCard, write_json
+from secateur.evaluation.divergence import Comparison, Divergence, compare, divergence
+from secateur.evaluation.measure import evaluate
+from secateur.evaluation.memory import Memory, bytes_on_disk, memory
+from secateur.evaluation.perplexity import Perplexity, Protocol, perplexity
+from secateur.evaluation.speed import Pace, Speed, Spread, speed
+from secateur.evaluation.table import render
+from secateur.evaluation.text import Tokens, check_same_tokenizer, read_text, self_written, tokenize
+
+__all__ = [
+    "Comparison",
+    "Divergence",
+    "Memory",
+    "Pace",
+    "Perplexity",
+    "Protocol",
+    "ResultCard",
+    "Speed",
+    "Spread",
+    "Tokens",
+    "bytes_on_disk",
+    "check_same_tokenizer",
+    "compare",
+    "divergence",
+    "evaluate",
+    "memory",
+    "multiply_adds",
+    "parameters",
+    "perplexity",
+    "read_text",
+    "render",
+    "self_written",
+    "speed",
+    "tokenize",
+    "write_json",
+]

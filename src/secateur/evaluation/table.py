@@ -1,0 +1,115 @@
+"""The result card as a table for people."""
+
+from collections.abc import Callable
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from secateur.evaluation.card import Column, ResultCard
+from secateur.evaluation.speed import Pace, Spread
+
+ABSENT = "not measured"
+Row = tuple[str, str, str, str]
+
+
+def render(card: ResultCard) -> RenderableType:
+    """The card as a rich renderable: figures with their change, then protocols and notes as sentences."""
+    compared = card.reference is not None
+    table = Table(title="Result card", title_justify="left", title_style="bold")
+    table.add_column("")
+    if compared:
+        table.add_column("reference", justify="right")
+    table.add_column("result" if compared else "model", justify="right")
+    if compared:
+        table.add_column("change", justify="right")
+    for label, before, after, change in _rows(card):
+        cells = [label, before, after, change] if compared else [label, after]
+        table.add_row(*(Text(cell) for cell in cells))
+    return Group(table, *(Text(line) for line in _sentences(card)))
+
+
+def _rows(card: ResultCard) -> list[Row]:
+    model, reference = card.model, card.reference
+    tokens = model.multiply_adds_tokens
+    rows: list[Row] = [("name", reference.name if reference else "", model.name, "")]
+    rows += [
+        _row(card, "parameters", lambda column: column.parameters, lambda value: f"{value / 1e6:,.1f} M"),
+        _row(card, "bytes on disk", lambda column: column.bytes_on_disk, _megabytes),
+        _row(card, "peak memory", lambda column: column.memory.peak if column.memory else None, _megabytes),
+        _row(
+            card,
+            f"multiply-adds, {tokens} tokens",
+            lambda column: column.multiply_adds,
+            lambda value: f"{value / 1e9:,.2f} G",
+        ),
+        _row(
+            card,
+            "perplexity",
+            lambda column: column.perplexity.perplexity if column.perplexity else None,
+            lambda value: f"{value:,.3f}" if value < 1e6 else f"{value:.3g}",
+        ),
+    ]
+    if card.divergence is not None:
+        rows.append(("KL to the reference, nats a token", "0", f"{card.divergence.kl:.4f}", ""))
+        rows.append(("same first token", "100 %", f"{100 * card.divergence.agreement:.1f} %", ""))
+    if card.speed is not None:
+        rows.append(_pace_row(f"prefill of {card.speed.prefill.tokens}, tokens/s", card.speed.prefill))
+        if card.expected_gain is not None:
+            rows.append(("  expected from multiply-adds", "", "", _percent(card.expected_gain)))
+        if card.speed.decode is not None:
+            rows.append(_pace_row(f"decoding of {card.speed.decode.tokens}, tokens/s", card.speed.decode))
+    return rows
+
+
+def _row(card: ResultCard, label: str, value: Callable[[Column], float | None], show: Callable[[float], str]) -> Row:
+    after = value(card.model)
+    before = value(card.reference) if card.reference is not None else None
+    change = _percent(after / before - 1) if before and after is not None else ""
+    shown = [ABSENT if figure is None else show(figure) for figure in (before, after)]
+    return label, shown[0], shown[1], change
+
+
+def _pace_row(label: str, pace: Pace) -> Row:
+    return (
+        label,
+        _spread(pace.reference) if pace.reference else "",
+        _spread(pace.model),
+        f"{_percent(pace.gain.median)} ({_percent(pace.gain.lower)} … {_percent(pace.gain.upper)})"
+        if pace.gain
+        else "",
+    )
+
+
+def _sentences(card: ResultCard) -> list[str]:
+    lines = []
+    if card.model.perplexity is not None:
+        lines.append(f"Perplexity: {card.model.perplexity.protocol.sentence()}.")
+    if card.divergence is not None and (
+        card.model.perplexity is None or card.divergence.protocol != card.model.perplexity.protocol
+    ):
+        lines.append(f"KL and same first token: {card.divergence.protocol.sentence()}.")
+    if card.speed is not None:
+        speed = card.speed
+        turns = f"{speed.pairs} turns in alternating order" if card.reference is not None else f"{speed.pairs} runs"
+        lines.append(
+            f"Speed: {turns}, batch 1, {speed.dtype}, {speed.device}, {speed.threads} threads; median (quartiles)."
+        )
+    if (memory := card.model.memory) is not None:
+        lines.append(
+            f"Peak memory: a clean process with plain transformers loads the model ({memory.dtype}) and reads "
+            f"{memory.tokens} tokens; {_megabytes(memory.baseline)} of it were there before loading."
+        )
+    return [*lines, *card.notes]
+
+
+def _spread(spread: Spread) -> str:
+    return f"{spread.median:,.1f} ({spread.lower:,.1f} … {spread.upper:,.1f})"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:,.1f} MB"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:+,.1f} %"

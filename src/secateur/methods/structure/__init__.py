@@ -1,0 +1,1 @@
+"""Units are scored and cut."""

@@ -1,0 +1,1 @@
+"""A network as methods see it: its anatomy, its tensors, and how both are cut."""

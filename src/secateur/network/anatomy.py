@@ -1,0 +1,354 @@
+"""The anatomy of a language model: blocks, attention, feed-forward, experts, norms, embeddings, tied weights.
+
+Recognised by structure: `recognise` proposes parts from the module tree and shapes, `trace` shows on fake tensors what
+feeds what, `probe` confirms by numbers what each matrix does. Attribute names decide nothing. No weight is read, so a
+skeleton on meta and a loaded model have the same anatomy.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from secateur.network import probe, recognise
+from secateur.network.recognise import AttentionProposal, ExpertsProposal, FeedForwardProposal, Matrix, join
+from secateur.network.trace import Trace, trace
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where units lie in one parameter: along `dim`, the first at index `offset` (fused tensors hold several parts)."""
+
+    parameter: str
+    dim: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A confirmed feed-forward layer of `units` neurons between a residual stream of `hidden` channels.
+
+    gate: the matrix behind the nonlinearity of a gated layer, None for a plain one. up: the other, or only, input
+    matrix. down: the output matrix. down_bias is not per unit and stays whole. activation: path of the module f with
+    layer = down(f(gate) * up), or down(f(up)); "" where no module makes that exactly true. norm_module: path of the
+    norm whose output is the layer's input, None if undetermined; norm, norm_bias: names of its scale and bias, None
+    where it has none. others: further vectors with one number for each unit.
+    """
+
+    module: str
+    units: int
+    hidden: int
+    gate: Slice | None
+    up: Slice
+    down: Slice
+    gate_bias: Slice | None
+    up_bias: Slice | None
+    down_bias: str | None
+    activation: str
+    norm: str | None
+    norm_bias: str | None
+    norm_module: str | None
+    others: tuple[Slice, ...] = ()
+
+    @property
+    def first(self) -> Slice:
+        """The matrix behind the nonlinearity: gate of a gated layer, else its only input matrix."""
+        return self.gate or self.up
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """Everything that must be cut together."""
+        parts = (self.gate, self.up, self.gate_bias, self.up_bias, self.down, *self.others)
+        return tuple(part for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention as parameter names. `fused`: one parameter holds several of q, k, v and is named under each."""
+
+    module: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    fused: bool
+    q: tuple[str, ...]
+    k: tuple[str, ...]
+    v: tuple[str, ...]
+    o: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """Multi-head, multi-query or grouped-query attention."""
+        if self.kv_heads == self.heads:
+            return "MHA"
+        return "MQA" if self.kv_heads == 1 else "GQA"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of `count` experts, each a feed-forward layer of `width` units; `router` is its scoring parameter."""
+
+    module: str
+    count: int
+    width: int
+    router: str | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the network.
+
+    parameters: names in the model of all its parameters; size: how many numbers they hold. kind: "transformer",
+    "moe", "mamba" or "unknown". parallel: whether the feed-forward layer reads the block's input rather than the
+    attention's output; None if undetermined. norms: names of the scales and biases of its norms. note: sentences on
+    what was not recognised and why, "" if all was.
+    """
+
+    index: int
+    path: str
+    parameters: tuple[str, ...]
+    size: int
+    feed_forward: FeedForward | None
+    attention: Attention | None
+    experts: Experts | None
+    kind: str
+    parallel: bool | None
+    norms: tuple[str, ...]
+    note: str
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A whole network. All names are parameter names in the model.
+
+    norms: of norms outside blocks. tied: groups of names that are one tensor. hidden: width of the residual stream.
+    outside: parameters outside blocks. parameters: how many numbers the network holds, tied ones counted once.
+    """
+
+    blocks: tuple[Block, ...]
+    embeddings: tuple[str, ...]
+    head: str | None
+    norms: tuple[str, ...]
+    tied: tuple[tuple[str, ...], ...]
+    hidden: int
+    vocabulary: int
+    outside: tuple[str, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What holds for all blocks that are built alike; paths are relative to the block."""
+
+    feed_forward: tuple[FeedForwardProposal, probe.FeedForwardRoles] | None
+    norm: tuple[str, str | None, str | None] | None
+    attention: tuple[AttentionProposal, tuple[int, ...]] | None
+    experts: ExpertsProposal | None
+    kind: str
+    parallel: bool | None
+    note: str
+
+
+def anatomy(model: nn.Module, config: Any = None) -> Anatomy:
+    """The anatomy of `model`, on any device, meta included; `config` is the model's own unless given.
+
+    Blocks that are built alike are examined once. Raises RequestError when no blocks are found.
+    """
+    config = getattr(model, "config", None) if config is None else config
+    if callable(getattr(config, "get_text_config", None)):
+        config = config.get_text_config(decoder=True)
+    path, blocks = recognise.find_blocks(model)
+    hidden = recognise.hidden_size(blocks, config)
+    signatures = [recognise.signature(block, index) for index, block in enumerate(blocks)]
+    first = {signature: index for index, signature in reversed(list(enumerate(signatures)))}
+    paths = {index: f"{path}.{index}" for index in range(len(blocks))}
+    banks = [join(paths[index], bank) for index, block in enumerate(blocks) for bank in recognise.expert_banks(block)]
+    traces = trace(model, {index: paths[index] for index in sorted(first.values())}, banks)
+    findings = {index: _examine(blocks[index], traces[index], hidden, config) for index in traces}
+    found = tuple(
+        _block(block, index, paths[index], findings[first[signatures[index]]], hidden)
+        for index, block in enumerate(blocks)
+    )
+
+    inside = {name for block in found for name in block.parameters}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    tied = recognise.tied_groups(model)
+    embeddings, head, vocabulary = recognise.embeddings_and_head(model, path, config)
+    return Anatomy(
+        blocks=found,
+        embeddings=embeddings,
+        head=head,
+        norms=tuple(name for name in recognise.norm_parameters(model) if name not in inside),
+        tied=tied,
+        hidden=hidden,
+        vocabulary=vocabulary,
+        outside=tuple(name for name in sizes if name not in inside),
+        parameters=sum(sizes.values()) - sum(sizes[name] for group in tied for name in group[1:]),
+    )
+
+
+def to_dict(anatomy: Anatomy) -> dict[str, Any]:
+    """The anatomy as JSON can hold it; attention also says its `kind`."""
+    found = asdict(anatomy)
+    for block, entry in zip(anatomy.blocks, found["blocks"], strict=True):
+        if block.attention:
+            entry["attention"]["kind"] = block.attention.kind
+    return found
+
+
+def _examine(block: nn.Module, seen: Trace, hidden: int, config: Any) -> _Finding:
+    notes = []
+    experts = recognise.experts_proposal(block, hidden)
+    banks = {experts.host} if experts else set()
+    feed_forward, refused = _find_feed_forward(block, seen, hidden, banks)
+    taken = set()
+    if feed_forward:
+        taken = {matrix.module for matrix in (*feed_forward[0].inputs, feed_forward[0].down)}
+    attention, why = _find_attention(block, seen, hidden, config, taken | banks)
+
+    beside = ""
+    if experts:
+        if feed_forward:
+            beside = f", beside a shared one of width {feed_forward[0].units}"
+        notes.append(
+            f"Its feed-forward part {experts.host or 'here'} is a mixture of {experts.count} experts of width "
+            f"{experts.width}{beside}."
+        )
+        feed_forward = None
+    recurrent = recognise.has_recurrence(block)
+    if recurrent and not attention:
+        alone = "" if feed_forward or experts else ", and has no feed-forward layer"
+        notes.append(f"It mixes tokens by a recurrent state behind a convolution, not by attention{alone}.")
+    else:
+        notes += [why] if why else []
+        if not feed_forward and not experts:
+            notes.append(_refusal(refused, attention[0] if attention else None))
+    if seen.error and "" not in seen.outputs:
+        notes.append(f"What feeds what in it could not be seen: {seen.error}.")
+    kind = "moe" if experts else "transformer" if feed_forward or attention else "mamba" if recurrent else "unknown"
+
+    norm = parallel = None
+    reader = experts.host if experts else feed_forward[0].inputs[0].module if feed_forward else None
+    given = probe.first_tensor(seen.calls[reader], hidden) if reader in seen.calls else None
+    if feed_forward and given is not None:
+        roles = {name: probe.norm_roles(module, hidden) for name, module in _leaves(block)}
+        producer = seen.producer(given, [name for name, role in roles.items() if role])
+        if producer is not None:
+            norm = (producer, *(roles[producer] or (None, None)))
+    if attention and given is not None:
+        depends = seen.depends(given, attention[0].host or attention[0].output.module, hidden)
+        parallel = None if depends is None else not depends
+    return _Finding(feed_forward, norm, attention, experts, kind, parallel, " ".join(notes))
+
+
+def _leaves(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    linear = {matrix.module for matrix in recognise.matrices(block)}
+    return [
+        (path, module)
+        for path, module in block.named_modules()
+        if path not in linear and not any(True for _ in module.children())
+    ]
+
+
+def _find_feed_forward(
+    block: nn.Module, seen: Trace, hidden: int, banks: set[str]
+) -> tuple[tuple[FeedForwardProposal, probe.FeedForwardRoles] | None, list[tuple[FeedForwardProposal, str]]]:
+    refused = []
+    for proposal in recognise.feed_forward_proposals(block, hidden, banks):
+        host = block.get_submodule(proposal.host)
+        answer = probe.try_feed_forward(host, proposal, hidden, seen.calls.get(proposal.host))
+        if not isinstance(answer, str):
+            return (proposal, answer), []
+        refused.append((proposal, answer))
+    return None, refused
+
+
+def _refusal(refused: list[tuple[FeedForwardProposal, str]], attention: AttentionProposal | None) -> str:
+    """Why there is no feed-forward layer: of the likeliest proposal that is no part of the attention."""
+    mixing = {*attention.inputs, attention.output} if attention else set()
+    for proposal, answer in refused:
+        parts = (*proposal.inputs, proposal.down)
+        if not mixing.intersection(parts):
+            shapes = ", ".join(f"{matrix.module} ({matrix.inputs} to {matrix.outputs})" for matrix in parts)
+            return f"The matrices {shapes} are not confirmed as a feed-forward layer: {answer}."
+    return "It holds no matrices whose shapes make a feed-forward layer."
+
+
+def _find_attention(
+    block: nn.Module, seen: Trace, hidden: int, config: Any, taken: set[str]
+) -> tuple[tuple[AttentionProposal, tuple[int, ...]] | None, str]:
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return None, "The config does not say how many attention heads there are, so attention was not looked for."
+    refusal = f"It holds no matrices whose shapes make attention with {heads} heads."
+    for number, proposal in enumerate(recognise.attention_proposals(block, hidden, heads, taken)):
+        host = block.get_submodule(proposal.host)
+        answer = probe.try_attention(host, proposal, hidden, seen.calls.get(proposal.host))
+        if not isinstance(answer, str):
+            return (proposal, answer), ""
+        if number == 0:
+            refusal = f"{proposal.host or 'The block'} is not confirmed as attention: {answer}."
+    return None, refusal
+
+
+def _block(block: nn.Module, index: int, path: str, finding: _Finding, hidden: int) -> Block:
+    sizes = {join(path, name): p.numel() for name, p in block.named_parameters(remove_duplicate=False)}
+    experts = None
+    if finding.experts:
+        router = join(path, finding.experts.router) if finding.experts.router else None
+        experts = Experts(join(path, finding.experts.host), finding.experts.count, finding.experts.width, router)
+    return Block(
+        index=index,
+        path=path,
+        parameters=tuple(sizes),
+        size=sum(sizes.values()),
+        feed_forward=_feed_forward(path, finding, hidden),
+        attention=_attention(path, finding),
+        experts=experts,
+        kind=finding.kind,
+        parallel=finding.parallel,
+        norms=tuple(join(path, name) for name in recognise.norm_parameters(block)),
+        note=finding.note,
+    )
+
+
+def _feed_forward(path: str, finding: _Finding, hidden: int) -> FeedForward | None:
+    if finding.feed_forward is None:
+        return None
+    proposal, roles = finding.feed_forward
+
+    def weight(branch: tuple[Matrix, int]) -> Slice:
+        return Slice(join(path, branch[0].weight), branch[0].output_dim, branch[1])
+
+    def bias(branch: tuple[Matrix, int]) -> Slice | None:
+        return Slice(join(path, branch[0].bias), 0, branch[1]) if branch[0].bias else None
+
+    gate = None if roles.gate is None else proposal.branches[roles.gate]
+    up = proposal.branches[roles.up]
+    down = proposal.down
+    module, scale, shift = finding.norm or (None, None, None)
+    return FeedForward(
+        module=join(path, proposal.host),
+        units=proposal.units,
+        hidden=hidden,
+        gate=weight(gate) if gate else None,
+        up=weight(up),
+        down=Slice(join(path, down.weight), 1 - down.output_dim),
+        gate_bias=bias(gate) if gate else None,
+        up_bias=bias(up),
+        down_bias=join(path, down.bias) if down.bias else None,
+        activation=join(path, proposal.host, roles.activation) if roles.activation else "",
+        norm=join(path, module, scale) if module and scale else None,
+        norm_bias=join(path, module, shift) if module and shift else None,
+        norm_module=join(path, module) if module else None,
+        others=tuple(Slice(join(path, proposal.host, name), 0) for name in roles.others),
+    )
+
+
+def _attention(path: str, finding: _Finding) -> Attention | None:
+    if finding.attention is None:
+        return None
+    found, roles = finding.attention
+    q, k, v = ((join(path, found.inputs[role].weight),) for role in roles)
+    output = (join(path, found.output.weight),)
+    return Attention(join(path, found.host), found.heads, found.kv_heads, found.head_dim, found.fused, q, k, v, output)

@@ -1,0 +1,81 @@
+"""Runs in a process of its own: opens models with plain transformers, as someone without Secateur would.
+
+Reads one JSON object per line from standard input: {"location", "gguf", "ids", "dtype", "threads", "trust_remote_code",
+"logits"}; loads the model, runs it on `ids`, writes the logits to the file `logits` when one is named, and answers each
+with one line of JSON: {"class", "parameters", "baseline", "peak"}, or {"error"}.
+"""
+
+import json
+import resource
+import sys
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+
+class _NoSecateur(MetaPathFinder):
+    """Makes Secateur impossible to import here: what loads only with its help has not loaded."""
+
+    def find_spec(self, name, path=None, target=None):  # type: ignore[no-untyped-def]
+        if name.split(".")[0] == "secateur":
+            raise ModuleNotFoundError("this process must do without secateur")
+        return
+
+
+sys.meta_path.insert(0, _NoSecateur())
+
+import torch  # noqa: E402 (after the guard, so that nothing can slip in before it)
+import transformers  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+
+def peak() -> int:
+    """The highest resident memory of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Linux hands ru_maxrss of the parent on through fork and exec; VmHWM belongs to this program alone.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def answer(request: dict) -> dict:
+    torch.set_num_threads(request["threads"])
+    baseline = peak()
+    options = {"gguf_file": request["gguf"]} if request.get("gguf") else {}
+    config = transformers.AutoConfig.from_pretrained(
+        request["location"], trust_remote_code=request["trust_remote_code"], **options
+    )
+    architecture = (config.architectures or [""])[0]
+    loader: Any = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
+    model, loading = loader.from_pretrained(
+        request["location"],
+        dtype=getattr(torch, request["dtype"]),
+        trust_remote_code=request["trust_remote_code"],
+        output_loading_info=True,
+        **options,
+    )
+    # transformers fills what it does not find with random numbers and only warns; here that is a failure
+    for what in ("missing_keys", "mismatched_keys"):
+        if loading[what]:
+            return {"error": f"transformers reports {what.replace('_', ' ')}: {sorted(map(str, loading[what]))[:3]}"}
+    with torch.inference_mode():
+        logits = model.eval()(torch.tensor(request["ids"])).logits
+    if request.get("logits"):
+        save_file({"logits": logits.float().contiguous()}, request["logits"])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"class": type(model).__name__, "parameters": parameters, "baseline": baseline, "peak": peak()}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        try:
+            result = answer(json.loads(line))
+        except Exception as error:  # whatever stops a user from loading it is the answer
+            result = {"error": f"{type(error).__name__}: {str(error).strip()[:500]}"}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Writes a network as an ordinary model directory: shards, index, config, tokenizer files."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.errors import RequestError
+from secateur.files import atomic, write_json
+from secateur.network.source import Source, skeleton
+
+logger = logging.getLogger(__name__)
+
+# Weights in any form, what describes them, and what is written anew.
+_NOT_COPIED = (
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".py",
+)  # fmt: skip
+_WRITTEN_ANEW = {"config.json", "README.md", "secateur.json"}
+
+
+def shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+
+
+def stored_dtype(source: Source, wanted: torch.dtype | None, stored: torch.dtype) -> torch.dtype:
+    """The dtype a tensor is written in: what was asked for, else the source's own; bfloat16 for a GGUF source."""
+    if not stored.is_floating_point:
+        return stored
+    if wanted is None and source.place.weights == "gguf":
+        return torch.bfloat16
+    return wanted or stored
+
+
+def resized_config(source: Source, widths: Mapping[int, int]) -> dict[str, Any]:
+    """The source's configuration with feed-forward widths that say `widths` (units kept, by block index).
+
+    Which entry holds the width is not known by name: every entry with the right value is tried, and the one is taken
+    with which the architecture builds exactly the shapes that are wanted and changes no other.
+
+    Raises RequestError when no entry does.
+    """
+    raw = raw_config(source)
+    blocks = source.anatomy.blocks
+    old = {block.index: block.feed_forward.units for block in blocks if block.feed_forward}
+    new = {**old, **widths}
+    if new == old:
+        return raw
+    wanted = _wanted_shapes(source, new)
+    uniform = len(set(new.values())) == 1
+    values = list(new.values())
+    for path, value in _candidates(raw, source, next(iter(old.values()))):
+        for setting in [values[0]] if uniform and not isinstance(value, list) else [values]:
+            changed = deepcopy(raw)
+            _set(changed, path, setting)
+            if _shapes(source, changed) == wanted:
+                return changed
+    if uniform:
+        raise RequestError(
+            f"the configuration of {type(source.skeleton).__name__} has no entry that sets its feed-forward width, so a "
+            f"cut model of {source.spec} could not be opened again."
+        )
+    raise RequestError(
+        f"the widths planned for {source.spec} differ between its layers ({min(values)} to {max(values)} neurons), and the "
+        f"configuration of {type(source.skeleton).__name__} can only say one width for all; plan one ratio for every "
+        "layer, or cut a live model in Python."
+    )
+
+
+def raw_config(source: Source) -> dict[str, Any]:
+    """config.json as the source has it, so that nothing it says is lost."""
+    path = source.directory / "config.json" if source.directory else None
+    raw: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else source.config.to_dict()
+    raw.pop("quantization_config", None)
+    if not raw.get("architectures"):
+        raw["architectures"] = [type(source.skeleton).__name__]
+    return raw
+
+
+def _candidates(raw: Mapping[str, Any], source: Source, width: int) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Entries that may hold the width: those equal to it first, then those left to their default."""
+    complete = source.config.to_dict()
+    flat: list[tuple[tuple[str, ...], Any]] = [((key,), value) for key, value in complete.items()]
+    flat += [
+        ((key, inner), value)
+        for key, nested in complete.items()
+        if isinstance(nested, dict) and isinstance(raw.get(key), dict)
+        for inner, value in nested.items()
+    ]
+    for path, value in flat:
+        if (type(value) is int and value == width) or (
+            isinstance(value, list) and set(map(str, value)) == {str(width)}
+        ):
+            yield path, value
+    for path, value in flat:
+        if value is None:
+            yield path, value
+
+
+def _set(raw: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        raw = raw[key]
+    raw[path[-1]] = value
+
+
+def _shapes(source: Source, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    try:
+        config = type(source.config).from_dict(dict(raw))
+        model = skeleton(config, source.trust_remote_code)
+    except Exception as error:  # whatever an architecture does with a value it was not made for: not this entry
+        logger.debug("config entry refused: %s", error)
+        return None
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _wanted_shapes(source: Source, widths: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
+    shapes = {name: list(parameter.shape) for name, parameter in source.skeleton.named_parameters()}
+    for block in source.anatomy.blocks:
+        if block.feed_forward:
+            for part in block.feed_forward.slices:
+                shapes[part.parameter][part.dim] -= block.feed_forward.units - widths[block.index]
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def write_index(directory: Path, shards: Mapping[str, Mapping[str, int]]) -> None:
+    """The index of a sharded checkpoint; `shards` gives the bytes of each tensor by file. None for a single file."""
+    if len(shards) > 1:
+        total = sum(size for tensors in shards.values() for size in tensors.values())
+        where = {name: file for file, tensors in sorted(shards.items()) for name in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        write_json(directory / "model.safetensors.index.json", index)
+
+
+def write_config(directory: Path, raw: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+    raw = dict(raw)
+    if dtype is not None:
+        raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(dtype).removeprefix("torch.")
+    write_json(directory / "config.json", raw)
+
+
+def copy_companions(source: Source, directory: Path) -> None:
+    """Tokenizer, generation config, licence and other small files; a model's own code only where it may run."""
+    if source.directory is None:
+        generation = getattr(source.live, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(directory)
+        return
+    for path in sorted(source.directory.iterdir()):
+        code = path.suffix == ".py" and source.trust_remote_code
+        copied = not path.name.endswith(_NOT_COPIED) and path.name not in _WRITTEN_ANEW
+        if path.is_file() and not path.name.startswith(".") and (copied or code):
+            with atomic(directory / path.name) as partial:
+                shutil.copyfile(path, partial)
+
+
+def check_output(output: Path, source: Source) -> None:
+    """Raises RequestError when `output` is, or lies inside, the source."""
+    if source.directory is None:
+        return
+    inner, outer = output.resolve(), (source.place.file or source.directory).resolve()
+    if inner == outer or (outer in inner.parents and source.place.file is None) or inner == source.directory.resolve():
+        raise RequestError(
+            f"the output {output} is the source or lies inside it; a run never writes there: name another."
+        )

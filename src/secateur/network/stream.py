@@ -1,0 +1,99 @@
+"""Walks a network with one block in memory: for writing it, and for running it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from secateur.network.anatomy import Anatomy
+from secateur.network.source import Source
+
+Fetch = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Gives parameters by their names in the model, with the shapes and values that they are to have."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is read, changed and written together: one shard of the result.
+
+    Args:
+        index: position; piece 0 holds what lies outside the blocks.
+        blocks: indices of the blocks in it.
+        keys: stored names of its tensors.
+    """
+
+    index: int
+    blocks: tuple[int, ...]
+    keys: tuple[str, ...]
+
+
+def pieces(source: Source, shard_bytes: int) -> list[Piece]:
+    """The network in pieces: first what lies outside the blocks, then the blocks in order.
+
+    A piece holds one block, or as many neighbours as fit in `shard_bytes`: many tiny files help nobody.
+    """
+    blocks = [tuple(dict.fromkeys(source.keys[name] for name in block.parameters)) for block in source.anatomy.blocks]
+    inside = {key for keys in blocks for key in keys}
+    groups: list[list[int]] = []
+    room = 0
+    for block, keys in zip(source.anatomy.blocks, blocks, strict=True):
+        size = sum(source.tensors[key].bytes for key in keys)
+        if not groups or size > room:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(block.index)
+        room -= size
+    outside = tuple(key for key in source.tensors if key not in inside)
+    members = [tuple(key for index in group for key in blocks[index]) for group in groups]
+    result = [((), outside), *((tuple(group), keys) for group, keys in zip(groups, members, strict=True))]
+    return [Piece(index, group, keys) for index, (group, keys) in enumerate(part for part in result if part[1])]
+
+
+@torch.no_grad()
+def streamed_logits(model: nn.Module, anatomy: Anatomy, fetch: Fetch, ids: Tensor) -> Tensor:
+    """Runs a model whose weights are not in memory: each block's are fetched before it runs and dropped after.
+
+    Args:
+        model: skeleton (parameters on the meta device) of the network to run.
+        fetch: gives the parameters; computation is in the dtype they come in.
+        ids: (batch, tokens) token ids.
+
+    Returns: (batch, tokens, vocabulary) logits.
+    """
+    with _fetched(model, anatomy, fetch):
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@contextmanager
+def _fetched(model: nn.Module, anatomy: Anatomy, fetch: Fetch) -> Iterator[None]:
+    inside = {name for block in anatomy.blocks for name in block.parameters}
+    regions = {block.path: list(block.parameters) for block in anatomy.blocks}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name not in inside:
+            regions.setdefault(name.rpartition(".")[0], []).append(name)
+    handles = []
+    for path, names in regions.items():
+        module = model.get_submodule(path)
+        empty = {name: model.get_parameter(name) for name in names}
+
+        def enter(_module, _inputs, names=names):  # type: ignore[no-untyped-def]
+            for name, tensor in fetch(names).items():
+                _put(model, name, nn.Parameter(tensor, requires_grad=False))
+
+        def leave(_module, _inputs, _output, empty=empty):  # type: ignore[no-untyped-def]
+            for name, parameter in empty.items():
+                _put(model, name, parameter)
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, attribute = name.rpartition(".")
+    model.get_submodule(path)._parameters[attribute] = parameter

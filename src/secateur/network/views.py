@@ -1,0 +1,131 @@
+"""What methods see of a network, and what they say should become of it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from secateur.network.anatomy import FeedForward, Slice
+from secateur.network.source import Source
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What becomes of one block's feed-forward neurons.
+
+    Args:
+        kept: (k,) sorted indices of the neurons that stay.
+        down: (hidden, k) new output matrix of the kept neurons, or None to keep their columns as they are.
+        down_bias: (hidden,) new output bias, or None to keep the old one.
+    """
+
+    kept: Tensor
+    down: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of the whole network: a cut for each block that is cut, by block index."""
+
+    cuts: dict[int, Cut] = field(default_factory=dict)
+
+
+class Units:
+    """The feed-forward neurons of one block. Matrices are read when asked for and not kept.
+
+    Matrices come as float32, oriented as in torch.nn.Linear whatever the module stores: (out_features, in_features).
+    """
+
+    def __init__(self, source: Source, block: int, feed_forward: FeedForward, device: str = "cpu") -> None:
+        self.block = block
+        self.count = feed_forward.units
+        self.hidden = feed_forward.hidden
+        self.gated = feed_forward.gate is not None
+        self._source = source
+        self._device = device
+        self._parts = feed_forward
+
+    def __repr__(self) -> str:
+        return f"Units(block={self.block}, count={self.count}, hidden={self.hidden}, gated={self.gated})"
+
+    @property
+    def first(self) -> Tensor:
+        """(m, h) the matrix behind the nonlinearity: gate of a gated feed-forward, else its only input matrix."""
+        return self._rows(self._parts.first)
+
+    @property
+    def gate(self) -> Tensor | None:
+        """(m, h), None for a plain feed-forward."""
+        return self._rows(self._parts.gate) if self._parts.gate else None
+
+    @property
+    def up(self) -> Tensor:
+        """(m, h)"""
+        return self._rows(self._parts.up)
+
+    @property
+    def down(self) -> Tensor:
+        """(h, m)"""
+        part = self._parts.down
+        matrix = self._whole(part.parameter)
+        return matrix if part.dim == 1 else matrix.T
+
+    @property
+    def gate_bias(self) -> Tensor | None:
+        """(m,)"""
+        return self._rows(self._parts.gate_bias) if self._parts.gate_bias else None
+
+    @property
+    def up_bias(self) -> Tensor | None:
+        """(m,)"""
+        return self._rows(self._parts.up_bias) if self._parts.up_bias else None
+
+    @property
+    def down_bias(self) -> Tensor | None:
+        """(h,)"""
+        return self._whole(self._parts.down_bias) if self._parts.down_bias else None
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """The nonlinearity of this feed-forward, as the model has it."""
+        return self._source.skeleton.get_submodule(self._parts.activation)
+
+    def normalise(self, inputs: Tensor) -> Tensor:
+        """(n, h) -> (n, h): the norm that feeds this feed-forward, with its real scale and bias; identity if unknown."""
+        if self._parts.norm_module is None:
+            return inputs
+        path = self._parts.norm_module
+        module = self._source.skeleton.get_submodule(path)
+        values = {name: self._whole(f"{path}.{name}") for name, _ in module.named_parameters()}
+        return torch.func.functional_call(module, values, (inputs,))
+
+    def _whole(self, parameter: str) -> Tensor:
+        return self._source.parameter(parameter).to(self._device).float()
+
+    def _rows(self, part: Slice) -> Tensor:
+        tensor = self._source.parameter(part.parameter).narrow(part.dim, part.offset, self.count)
+        tensor = tensor.to(self._device).float()
+        return tensor.T if tensor.dim() == 2 and part.dim == 1 else tensor
+
+
+class Network(Sequence[Units]):
+    """The feed-forward layers of a network in order, each read lazily; `blocks` narrows it to some of them."""
+
+    def __init__(self, source: Source, device: str = "cpu", blocks: Sequence[int] | None = None) -> None:
+        self._units = [
+            Units(source, block.index, block.feed_forward, device)
+            for block in source.anatomy.blocks
+            if block.feed_forward and (blocks is None or block.index in blocks)
+        ]
+        self.hidden = source.anatomy.hidden
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
+        return self._units[index]
+
+    def __iter__(self) -> Iterator[Units]:
+        return iter(self._units)

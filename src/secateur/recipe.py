@@ -1,0 +1,156 @@
+"""What to do: an ordered list of steps, each one method with its parameters. YAML in and out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from secateur.errors import RequestError, suggest
+from secateur.files import sha256
+from secateur.registry import Method, find
+
+
+class Step(BaseModel):
+    """One method and its parameters, complete with defaults."""
+
+    model_config = ConfigDict(frozen=True)
+
+    method: str
+    parameters: dict[str, Any]
+
+    @property
+    def registered(self) -> Method:
+        return find(self.method)
+
+    def plain(self) -> dict[str, Any]:
+        """As it is written in a recipe: {method: {parameter: value}}, in plain data."""
+        return {self.method: {name: _plain(value) for name, value in self.parameters.items()}}
+
+
+class Evaluate(BaseModel):
+    """What the result card measures after the run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: Path | None = None
+    window: int | None = None
+    windows: int | None = None
+
+
+class Recipe(BaseModel):
+    """What to do with a model.
+
+    Args:
+        model: MODEL as the command line takes it; the command line wins.
+        seed: every random stream of the run is addressed from it.
+        dtype: dtype of the written weights; None keeps the source's (bfloat16 for GGUF).
+        steps: in order.
+        evaluate: what to measure on the result; False for nothing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = None
+    seed: int = 0
+    dtype: str | None = None
+    steps: tuple[Step, ...]
+    evaluate: Evaluate | bool = True
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, value: str | None) -> str | None:
+        if value not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError("must be float32, bfloat16 or float16")
+        return value
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> "Recipe":
+        """Checks a recipe as read from YAML. Raises RequestError naming the entry."""
+        for name in raw:
+            if name not in cls.model_fields:
+                raise RequestError(
+                    f"a recipe has no entry '{name}'.{suggest(name, cls.model_fields)} "
+                    f"It has: {', '.join(cls.model_fields)}."
+                )
+        steps = raw.get("steps")
+        if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
+            raise RequestError(
+                "a recipe needs `steps`: a list with one method each, such as `- prunenet: {ratio: 0.2}`."
+            )
+        try:
+            return cls(**{**raw, "steps": tuple(_step(entry) for entry in steps)})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise RequestError(f"recipe: {name}={first['input']!r} was refused: {first['msg'].lower()}.") from error
+
+    @classmethod
+    def read(cls, path: Path) -> "Recipe":
+        """Reads a recipe (YAML), or the recipe inside a receipt (secateur.json)."""
+        if not path.is_file():
+            raise RequestError(f"there is no recipe at {path}.")
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RequestError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+        if not isinstance(raw, dict):
+            raise RequestError(f"{path} does not hold a recipe: a mapping with `steps` is wanted.")
+        return cls.parse(raw["recipe"] if "recipe" in raw and "steps" not in raw else raw)
+
+    def override(self, settings: Sequence[str]) -> "Recipe":
+        """This recipe with `key=value` or `STEP.key=value` settings; STEP is a method's name or its position from 0."""
+        steps = [dict(step.parameters) for step in self.steps]
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not equals:
+                raise RequestError(f"--set {setting} is not of the form key=value.")
+            where, dot, name = key.rpartition(".")
+            matching = [i for i, step in enumerate(self.steps) if not dot or where in (step.method, str(i))]
+            if not matching:
+                raise RequestError(f"--set {setting}: the recipe has no step '{where}'.")
+            if len(matching) > 1:
+                raise RequestError(
+                    f"--set {setting}: several steps could be meant; write STEP.{name}=… with its position."
+                )
+            steps[matching[0]][name] = yaml.safe_load(text)
+        raw = self.plain() | {"steps": [{step.method: new} for step, new in zip(self.steps, steps, strict=True)]}
+        return Recipe.parse(raw)
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe in plain data, as YAML or JSON hold it."""
+        return self.model_dump(mode="json") | {"steps": [step.plain() for step in self.steps]}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of the result: steps, seed, dtype, and the content of files that parameters name."""
+        files = {
+            f"{step.method}.{name}": sha256(value) if value.is_file() else None
+            for step in self.steps
+            for name, value in step.parameters.items()
+            if isinstance(value, Path)
+        }
+        plain = self.plain()
+        return {"seed": plain["seed"], "dtype": plain["dtype"], "steps": plain["steps"], "files": files}
+
+
+def _step(entry: Any) -> Step:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise RequestError(
+            f"a step is one method with its parameters, such as `- prunenet: {{ratio: 0.2}}`, not {entry!r}."
+        )
+    [(name, parameters)] = entry.items()
+    if parameters is not None and not isinstance(parameters, dict):
+        raise RequestError(f"the parameters of step '{name}' must be a mapping, not {parameters!r}.")
+    complete = find(str(name)).validate(parameters or {})
+    for key, value in complete.items():
+        if isinstance(value, Path) and not value.exists():
+            raise RequestError(f"{name}: {key}={value} does not exist.")
+    return Step(method=str(name), parameters=complete)
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))

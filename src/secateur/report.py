@@ -1,0 +1,219 @@
+"""What a person reads of a run: the measured card, the model card, the lines on the terminal."""
+
+import io
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from secateur.errors import SecateurError
+from secateur.evaluation import ResultCard, evaluate, render
+from secateur.files import human
+from secateur.network.source import Source
+from secateur.recipe import Evaluate
+from secateur.registry import find
+
+
+def measure(original: Source, result: Source, wanted: Evaluate | bool, max_memory: int) -> dict[str, Any] | None:
+    """The result card of a finished run beside its source; None where nothing is to be measured or it does not fit.
+
+    A failure here does not undo a run that is done: it is told in the place of the card.
+    """
+    if wanted is False:
+        return None
+    both = 4 * sum(p.numel() for source in (original, result) for p in source.skeleton.parameters())
+    if both > max_memory:
+        return {"skipped": f"both models in float32 take {human(both)}, above --max-memory ({human(max_memory)})"}
+    options = wanted if isinstance(wanted, Evaluate) else Evaluate()
+    try:
+        card = evaluate(
+            result.spec,
+            original.spec if original.live is None else None,
+            text=options.text,
+            window=options.window,
+            windows=options.windows,
+            trust_remote_code=original.trust_remote_code,
+        )
+    except SecateurError as error:
+        return {"skipped": str(error)}
+    return card.to_dict()
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def widths(receipt: Mapping[str, Any]) -> list[str]:
+    """One line per step: how many units are left, of how many."""
+    lines = []
+    for decision in receipt["decisions"]:
+        units = decision["units"].values()
+        kept, of = sum(unit["kept"] for unit in units), sum(unit["of"] for unit in units)
+        each = sorted({(unit["kept"], unit["of"]) for unit in units})
+        shape = f"{each[0][0]} of {each[0][1]} in each of {len(units)} blocks" if len(each) == 1 else "differing widths"
+        reached = f", {1 - kept / of:.1%} removed" if of else ""
+        lines.append(f"{decision['method']}: feed-forward neurons {shape}{reached}")
+    return lines
+
+
+def show(receipt: Mapping[str, Any], output: Path, console: Console) -> None:
+    """Prints what a finished run did and measured."""
+    for line in widths(receipt):
+        console.print(line, highlight=False)
+    for decision in receipt["decisions"]:
+        for name, value in decision["notes"].items():
+            console.print(f"  {name}: {_brief(value)}", highlight=False)
+        for sentence in decision["warnings"]:
+            console.print(f"  note: {sentence}", style="yellow", highlight=False)
+    check = receipt["reload_check"]
+    console.print(
+        f"reload check: {check['how']}; largest relative difference {check['largest_difference']:.1g}", highlight=False
+    )
+    card = receipt.get("card")
+    if card and "skipped" in card:
+        console.print(f"not measured: {card['skipped']}", style="yellow", highlight=False)
+    elif card:
+        console.print(render(ResultCard.from_dict(card)))
+    console.print(
+        f"done in {receipt['seconds']:.0f} s, peak memory {human(receipt['peak_memory'])}: {output}", highlight=False
+    )
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return f"{_brief(value[0])} … {_brief(value[-1])}" if len(value) > 4 else ", ".join(map(_brief, value))
+    return str(value)
+
+
+def model_card(receipt: Mapping[str, Any]) -> str:
+    """README.md of the result: front matter for the hub, what was done, what was measured, how to repeat it."""
+    source = receipt["source"]
+    methods = [find(decision["method"]) for decision in receipt["decisions"]]
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["secateur", *(m.name for m in methods)]}
+    if source["licence"]:
+        front["license"] = source["licence"]
+    if source["base_model"]:
+        front["base_model"] = source["base_model"]
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=True)}---",
+        f"# {source['base_model']}, compressed",
+        "Made with Secateur. It opens with plain `transformers`:",
+        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")\n```',
+        "## What was done",
+        "\n".join(f"- {line}" for line in widths(receipt)),
+        "\n".join(f"- {sentence}" for d in receipt["decisions"] for sentence in d["warnings"]),
+        f"Reload check: {receipt['reload_check']['how']}.",
+        f"```yaml\n{yaml.safe_dump({k: v for k, v in receipt['recipe'].items() if k != 'model'}, sort_keys=False)}```",
+        "## Methods",
+        "\n".join(f"- `{m.name}`: {m.summary} {m.paper}".rstrip() for m in methods),
+    ]
+    card = receipt.get("card")
+    if card and "skipped" not in card:
+        console = Console(record=True, width=110, file=io.StringIO())
+        console.print(render(ResultCard.from_dict(card)))
+        parts += ["## Measured", f"```\n{console.export_text().rstrip()}\n```"]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def inspection(source: Source) -> dict[str, Any]:
+    """What `secateur inspect` tells, as plain data."""
+    from secateur.network.anatomy import to_dict
+
+    stored: dict[str, int] = {}
+    for info in source.tensors.values():
+        name = str(info.dtype).removeprefix("torch.")
+        stored[name] = stored.get(name, 0) + info.bytes
+    return {
+        "model": str(source.spec),
+        "class": type(source.skeleton).__name__,
+        "licence": source.place.licence,
+        "weights": source.place.weights,
+        "stored_bytes": stored,
+        **to_dict(source.anatomy),
+    }
+
+
+def show_inspection(source: Source, console: Console) -> None:
+    """Prints a model's structure: one line for each run of equal blocks."""
+    network = source.anatomy
+    console.print(
+        f"{source.spec}: {type(source.skeleton).__name__}, {network.parameters:,} parameters, "
+        f"{len(network.blocks)} blocks, hidden {network.hidden}, vocabulary {network.vocabulary}, "
+        f"{'tied' if network.tied else 'untied'} embeddings, stored as {source.place.weights}",
+        highlight=False,
+    )
+    table = Table("blocks", "kind", "attention", "feed-forward", "parallel", "parameters", "note")
+    rows: list[tuple[list[int], tuple[str, ...]]] = []
+    for block in network.blocks:
+        attention, inner = block.attention, block.feed_forward
+        experts = block.experts
+        described: tuple[str, ...] = (
+            block.kind,
+            f"{attention.kind}, {attention.heads} heads over {attention.kv_heads}, {attention.head_dim} wide"
+            + (", fused" if attention.fused else "")
+            if attention
+            else "–",
+            f"{'gated' if inner.gate else 'plain'}, {inner.hidden} → {inner.units}"
+            if inner
+            else f"{experts.count} experts, {experts.width} wide" if experts else "–",
+            {True: "yes", False: "no", None: "unknown"}[block.parallel],
+            f"{sum(source.skeleton.get_parameter(name).numel() for name in block.parameters):,}",
+            block.note,
+        )  # fmt: skip
+        if rows and rows[-1][1] == described:
+            rows[-1][0].append(block.index)
+        else:
+            rows.append(([block.index], described))
+    for indices, described in rows:
+        table.add_row(f"{indices[0]}–{indices[-1]}" if len(indices) > 1 else str(indices[0]), *described)
+    console.print(table)
+
+
+def forecast(
+    original: Source, stage_widths: Mapping[int, int] | None, output: Path, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """What a run would cut, write and need, from headers and shapes alone."""
+    from secateur.network.store import stored_dtype
+    from secateur.network.stream import pieces
+
+    parameters = {name: p.numel() for name, p in original.skeleton.named_parameters()}
+    total, removed, cut = sum(parameters.values()), 0, {}
+    for block in original.anatomy.blocks:
+        if stage_widths and block.feed_forward and block.index in stage_widths:
+            inner, width = block.feed_forward, stage_widths[block.index]
+            cut[block.index] = (width, inner.units)
+            removed += sum(
+                original.skeleton.get_parameter(part.parameter).numel()
+                * (inner.units - width)
+                // original.skeleton.get_parameter(part.parameter).shape[part.dim]
+                for part in inner.slices
+            )
+    infos = list(original.tensors.values())
+    source_dtype = infos[0].dtype if infos else torch.float32
+    width = stored_dtype(original, dtype, source_dtype).itemsize
+    largest = (
+        max(sum(original.tensors[key].bytes for key in piece.keys) for piece in pieces(original, 0))
+        if infos
+        else 4 * total
+    )
+    extra = 4 * total if not infos else 0
+    return {
+        "parameters": total,
+        "parameters_after": total - removed,
+        "widths": {str(block): {"kept": kept, "of": of} for block, (kept, of) in cut.items()},
+        "bytes_written": (total - removed) * width,
+        "disk_needed": (total - removed) * width + extra,
+        "memory_needed": 3 * largest + 400 * 10**6,
+        "output": str(output),
+    }

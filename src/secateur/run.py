@@ -1,0 +1,356 @@
+"""Does a recipe: opens, checks, streams through the steps, verifies, measures, writes the receipt."""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.context import Progress, barrier, process_group, processes, silent
+from secateur.errors import RequestError
+from secateur.files import write_json, write_text
+from secateur.network.source import Source, open_model
+from secateur.network.store import check_output
+from secateur.network.surgery import cut_module
+from secateur.network.verify import CleanProcess, verify
+from secateur.network.views import Cut
+from secateur.recipe import Recipe
+from secateur.report import forecast, measure, model_card, peak_memory
+from secateur.stage import Stage, planned_widths
+from secateur.workspace import RECEIPT, Workspace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Result:
+    """What a run gave.
+
+    Args:
+        output: directory of the model, None when a live module was only cut in memory.
+        receipt: everything about the run in plain data, as in secateur.json.
+        model: the cut module when a live one was given.
+    """
+
+    output: Path | None
+    receipt: dict[str, Any] = field(default_factory=dict)
+    model: nn.Module | None = None
+
+
+def compress(
+    model: str | Path | nn.Module | None = None,
+    method: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    *,
+    recipe: Recipe | Path | str | None = None,
+    output: str | Path | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    max_memory: int | None = None,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    evaluate: bool = True,
+    shard_bytes: int = 256 * 10**6,
+    progress: Progress = silent,
+    clean: CleanProcess | None = None,
+) -> Result:
+    """Compresses a model by one method, or by a recipe, and writes it as an ordinary model directory.
+
+    Args:
+        model: a directory, hub id, `.gguf` file, `package:NAME`, or a live transformers module.
+        method: name of a registered method, with its `parameters`; or else give `recipe`.
+        recipe: a Recipe, or the path of a YAML recipe or of a receipt.
+        output: directory to write; may be left out for a live module, which is then returned cut, uncut one untouched.
+        dtype: of the written weights; None keeps the source's (bfloat16 for GGUF).
+        max_memory: bytes that a whole model may take when it is checked and measured; default half of what is free.
+        restart: start over instead of going on with what an interrupted run left.
+        shard_bytes: neighbouring blocks share a shard of the result up to this size.
+        clean: an open clean process for the reload check, where many results are checked one after another.
+
+    Raises RequestError when the request is wrong (nothing was written), RunError when the run failed and can go on.
+    """
+    plan, spec = _request(model, method, parameters, recipe, seed, dtype)
+    if isinstance(spec, nn.Module) and output is None:
+        return _in_memory(spec, plan, device, progress)
+    if output is None:
+        raise RequestError("no output directory was named.")
+    with process_group():
+        return _Run(
+            spec, plan, Path(output), device, max_memory or free_memory() // 2, trust_remote_code, evaluate, shard_bytes,
+            progress, clean,
+        ).go(restart)  # fmt: skip
+
+
+def dry_run(
+    model: str | Path | None = None,
+    *,
+    recipe: Recipe | Path | str | None = None,
+    output: str | Path,
+    seed: int | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """What `compress` would cut, write and need: plain data. Reads headers, and one block's weights to time the method."""
+    plan, spec = _request(model, None, None, recipe, seed, dtype)
+    source = open_model(spec, trust_remote_code=trust_remote_code)
+    check_output(Path(output), source)
+    stage = Stage(source, plan.steps[0], 0, plan.seed, Path(output), Path(output), device=device)
+    stage.check()
+    wanted = getattr(torch, plan.dtype) if plan.dtype else None
+    said = forecast(source, planned_widths(source, plan.steps[0]), Path(output), wanted)
+    place = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
+    said["disk_free"] = shutil.disk_usage(place).free
+    if not source.tensors:
+        said["time"] = "not known before the weights are converted"
+        return said
+    begun = time.time()
+    first = next(block.index for block in source.anatomy.blocks if block.feed_forward)
+    stage.cuts_in_memory([first])
+    method = (time.time() - begun) * sum(block.feed_forward is not None for block in source.anatomy.blocks)
+    begun = time.time()
+    keys = [source.keys[name] for name in source.anatomy.blocks[first].parameters]
+    size = sum(tensor.float().abs().sum().numel() * tensor.nbytes for tensor in source.read(keys).values())
+    rest = (time.time() - begun) * 3 * source.bytes / max(size, 1)
+    said["seconds"] = method + rest
+    said["time"] = f"about {method + rest:.0f} s by one block, besides the reload check and measuring"
+    return said
+
+
+def _request(
+    model: Any,
+    method: str | None,
+    parameters: Mapping[str, Any] | None,
+    recipe: Recipe | Path | str | None,
+    seed: int | None,
+    dtype: str | None,
+) -> tuple[Recipe, Any]:
+    """The recipe, and the model that it is for. Raises RequestError where one of them is missing."""
+    plan = _recipe(model, method, parameters, recipe, seed, dtype)
+    spec = model if model is not None else plan.model
+    if spec is None:
+        raise RequestError("no model was named: give one, or a recipe with `model`.")
+    return plan, spec
+
+
+def _recipe(
+    model: Any,
+    method: str | None,
+    parameters: Mapping[str, Any] | None,
+    recipe: Recipe | Path | str | None,
+    seed: int | None,
+    dtype: str | None,
+) -> Recipe:
+    if (method is None) == (recipe is None):
+        raise RequestError("give either a method or a recipe.")
+    if recipe is None:
+        plan = Recipe.parse({"steps": [{method: dict(parameters or {})}]})
+    else:
+        plan = recipe if isinstance(recipe, Recipe) else Recipe.read(Path(recipe))
+    changes = {
+        "model": str(model) if isinstance(model, str | Path) else plan.model,
+        "seed": plan.seed if seed is None else seed,
+        "dtype": dtype or plan.dtype,
+    }
+    return Recipe.parse({**plan.plain(), **changes})
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free for use now."""
+    info = Path("/proc/meminfo")
+    if info.exists():
+        line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+@dataclass
+class _Run:
+    spec: str | Path | nn.Module
+    recipe: Recipe
+    output: Path
+    device: str
+    max_memory: int
+    trust_remote_code: bool
+    evaluate: bool
+    shard_bytes: int
+    progress: Progress
+    clean: CleanProcess | None
+
+    def go(self, restart: bool) -> Result:
+        started = time.time()
+        source = open_model(self.spec, trust_remote_code=self.trust_remote_code)
+        check_output(self.output, source)
+        workspace = Workspace(self.output, self._identity(source))
+        found = workspace.check(restart)
+        barrier()  # nobody writes before everybody has looked
+        if found == "finished":
+            shutil.rmtree(workspace.state, ignore_errors=True)
+            return Result(self.output, json.loads((self.output / RECEIPT).read_text()))
+        self._stage(source, 0, self.output, workspace.state).check()
+        hashes = self._scan(source) if source.tensors and found == "fresh" else None
+        workspace.begin(restart)
+        if not source.tensors:
+            source = self._convert(workspace, found == "fresh")
+        hashes = self._hashes(source, workspace, hashes)
+        timings = {"opening": time.time() - started}
+        original = source
+        stages = self._steps(source, workspace, timings)
+        if processes()[0] != 0:
+            barrier()
+            return Result(self.output)
+        try:
+            receipt = self._conclude(original, stages, workspace, hashes, timings, started)
+        finally:
+            barrier()
+        return Result(self.output, receipt)
+
+    def _identity(self, source: Source) -> dict[str, Any]:
+        place = source.place.file
+        files = [[place.name, place.stat().st_size, place.stat().st_mtime_ns]] if place else source.quick_print()
+        return {
+            **self.recipe.identity(),
+            "source": files,
+            "threads": torch.get_num_threads(),
+            "device": self.device,
+            "shard_bytes": self.shard_bytes,
+            "versions": {name: version(name) for name in ("secateur", "torch", "transformers")},
+        }
+
+    def _scan(self, source: Source) -> dict[str, str]:
+        """Hashes of the source's files; stops at the first non-finite tensor. The first process reads for all."""
+        outcome: list[Any] = [None]
+        if processes()[0] == 0:
+            try:
+                with self.progress("reading", source.bytes) as bar:
+                    outcome[0] = source.scan(bar.advance)
+            except RequestError as error:
+                outcome[0] = error
+        if processes()[1] > 1:
+            torch.distributed.broadcast_object_list(outcome)
+        if isinstance(outcome[0], RequestError):
+            raise outcome[0]
+        return dict(outcome[0])
+
+    def _convert(self, workspace: Workspace, fresh: bool) -> Source:
+        """The source as safetensors in the state folder; a directory that it cannot be made for is left as it was."""
+        try:
+            # the first process converts, the others find it done
+            for turn in (processes()[0] == 0, processes()[0] != 0):
+                if turn:
+                    source = open_model(self.spec, work=workspace.state, trust_remote_code=self.trust_remote_code)
+                barrier()
+            self._hashes(source, workspace)
+            return source
+        except RequestError:
+            if fresh and processes()[0] == 0:
+                workspace.abandon()
+            raise
+
+    def _hashes(self, source: Source, workspace: Workspace, known: dict[str, str] | None = None) -> dict[str, str]:
+        """The hashes of the source, kept in the state, so that a run that goes on need not read everything again."""
+        path = workspace.state / "scan.json"
+        if known is None:
+            known = json.loads(path.read_text()) if path.exists() else self._scan(source)
+        if processes()[0] == 0:
+            write_json(path, known)
+        barrier()
+        return known
+
+    def _stage(self, source: Source, index: int, target: Path, state: Path) -> Stage:
+        last = index == len(self.recipe.steps) - 1
+        # between steps weights stay as precise as they came; only the last step writes the wanted dtype
+        wanted = self.recipe.dtype if last else ("float32" if source.place.weights == "gguf" else None)
+        return Stage(
+            source, self.recipe.steps[index], index, self.recipe.seed, target, state / f"step-{index}",
+            getattr(torch, wanted) if wanted else None, self.shard_bytes, self.device, self.progress,
+        )  # fmt: skip
+
+    def _steps(self, source: Source, workspace: Workspace, timings: dict[str, float]) -> list[Stage]:
+        """Runs every step; each but the last writes a whole model into the state, which the next one opens."""
+        stages = []
+        for index, step in enumerate(self.recipe.steps):
+            begun = time.time()
+            last = index == len(self.recipe.steps) - 1
+            target = self.output if last else workspace.state / f"model-{index}"
+            stage = self._stage(source, index, target, workspace.state)
+            stage.check()
+            stage.run()
+            stages.append(stage)
+            timings[f"step {index}: {step.method}"] = time.time() - begun
+            if not last:
+                place = source.place
+                source = open_model(target, trust_remote_code=self.trust_remote_code)
+                # what the first source was decides dtype, licence and base model of the result
+                source.place = place
+        return stages
+
+    def _conclude(
+        self,
+        source: Source,
+        stages: Sequence[Stage],
+        workspace: Workspace,
+        hashes: Mapping[str, str],
+        timings: dict[str, float],
+        started: float,
+    ) -> dict[str, Any]:
+        begun = time.time()
+        result = open_model(self.output, trust_remote_code=self.trust_remote_code)
+        checked = verify(result, stages[-1].expected(), self.max_memory, self.clean)
+        timings["reload check"] = time.time() - begun
+        begun = time.time()
+        decisions = [
+            {
+                "step": stage.index,
+                "method": stage.step.method,
+                "units": {
+                    str(block): {"kept": width, "of": stage.source.anatomy.blocks[block].feed_forward.units}  # type: ignore[union-attr]
+                    for block, width in stage.widths().items()
+                },
+                "notes": stage.notes,
+                "warnings": stage.warnings,
+            }
+            for stage in stages
+        ]
+        receipt: dict[str, Any] = {
+            "recipe": self.recipe.plain(),
+            "source": {"model": str(source.spec), "base_model": source.place.base, "licence": source.place.licence,
+                       "sha256": hashes},
+            "decisions": decisions,
+            "reload_check": {"how": checked.how, "largest_difference": checked.difference, "tokens": checked.tokens},
+            "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in ("secateur", "torch", "transformers", "safetensors")}
+            | {"python": platform.python_version()},
+        }  # fmt: skip
+        receipt["card"] = measure(source, result, self.recipe.evaluate if self.evaluate else False, self.max_memory)
+        timings["measuring"] = time.time() - begun
+        receipt["timings"] = {**{name: round(value, 3) for name, value in timings.items()}}
+        receipt["seconds"] = round(time.time() - started, 3)
+        receipt["peak_memory"] = peak_memory()
+        write_text(self.output / "README.md", model_card(receipt))
+        workspace.finish(receipt)
+        return receipt
+
+
+def _in_memory(module: nn.Module, recipe: Recipe, device: str, progress: Progress) -> Result:
+    """Cuts a copy of a live module; widths may differ between layers here."""
+    copy = deepcopy(module)
+    notes: list[dict[str, Any]] = []
+    for index, step in enumerate(recipe.steps):
+        source = open_model(copy)
+        stage = Stage(source, step, index, recipe.seed, Path(), Path(), device=device, progress=progress)
+        cuts: dict[int, Cut] = stage.cuts_in_memory()
+        cut_module(copy, source.anatomy, cuts)
+        notes.append({"method": step.method, "kept": {str(b): len(c.kept) for b, c in cuts.items()}, **stage.notes})
+    return Result(None, {"recipe": recipe.plain(), "decisions": notes}, copy)

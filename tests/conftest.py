@@ -1,0 +1,38 @@
+"""Models made once and shared: tiny ones in every worker, one clean process for all reloads."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from secateur.network.verify import CleanProcess
+
+# one thread per worker: bytes are promised at an equal number of threads, and workers share the machine
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The directory of a tiny architecture, written once; options as `tiny.save` takes them. Tests must not change it."""
+    made: dict[tuple, Path] = {}
+
+    def get(name: str, **options: object) -> Path:
+        key = (name, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("models") / name
+            tiny.save(name, made[key], **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def clean() -> Iterator[CleanProcess]:
+    """A process without Secateur that loads one result after another."""
+    with CleanProcess() as process:
+        yield process

@@ -23,6 +23,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "largest row norm": ("magnitude_units", {}),
     "PruneNet, reference": ("prunenet", {"mode": "reference"}),
     "PruneNet, stable": ("prunenet", {"mode": "stable"}),
+    "Zipf surgeon (ours)": ("zipf_surgeon", {}),
 }
 DETERMINISTIC = {"magnitude_units"}
 

@@ -1,6 +1,9 @@
 """Models made once and shared: tiny ones in every worker, one clean process for all reloads."""
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +16,6 @@ from secateur.network.verify import CleanProcess
 # one thread per worker: bytes are promised at an equal number of threads, and workers share the machine
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,10 @@ class Wrapped(nn.Module):
 
 
 class Mixing(nn.Module):
-    """What happens between the matrices mixes units (or leaves no linear branch): not a layer that can be cut."""
+    """What happens between the matrices mixes units (or leaves no linear branch): not a layer that can be cut.
+
+    Only `how` "nothing" can.
+    """
 
     def __init__(self, hidden: int, units: int, how: str) -> None:
         super().__init__()
@@ -100,10 +103,14 @@ class Mixing(nn.Module):
         if self.how == "both bent":
             return self.down_proj(gate * torch.tanh(up))
         state = gate * up
+        if self.how == "nothing":
+            return self.down_proj(state)
         if self.how == "inner width":
             state = state * torch.rsqrt(state.pow(2).mean(-1, keepdim=True) + 1e-6)
         elif self.how == "softmax":
             state = state.softmax(-1)
+        elif self.how == "tokens":
+            state = state + state.roll(1, dims=-2)
         elif self.how == "fixed width":
             state = state.view(*x.shape[:-1], 10, 16).flatten(-2)
         else:
@@ -111,11 +118,37 @@ class Mixing(nn.Module):
         return self.down_proj(state)
 
 
+class LowRank(nn.Module):
+    """Two matrices with nothing between them: one matrix of low rank, not a feed-forward layer."""
+
+    def __init__(self, hidden: int, rank: int) -> None:
+        super().__init__()
+        self.into = nn.Linear(hidden, rank)
+        self.out = nn.Linear(rank, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(self.out(self.into(x)), x.shape[-1:])
+
+
+class Running(nn.Module):
+    """Mixes tokens by a running sum: the matrices of fused attention, but no attention."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.out = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.out(q * (k * v).cumsum(dim=-2))
+
+
 class Cell(nn.Module):
     def __init__(self, hidden: int, inner: nn.Module, parallel: bool, heads: int = 4) -> None:
         super().__init__()
         self.one, self.two = nn.LayerNorm(hidden), nn.LayerNorm(hidden, elementwise_affine=False)
-        self.mix, self.inner, self.parallel = LyingAttention(hidden, heads), inner, parallel
+        self.mix: nn.Module = LyingAttention(hidden, heads)
+        self.inner, self.parallel = inner, parallel
 
     def forward(self, x: Tensor) -> Tensor:
         middle = x + self.mix(self.one(x))

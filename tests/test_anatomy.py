@@ -9,10 +9,10 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig, OPTConfig
 
 import tiny
-from odd import Cell, Flat, Language, Lies, Mixing, Odd, UpFirst, Wrapped, language
+from odd import Cell, Flat, Language, Lies, LowRank, Mixing, Odd, Running, UpFirst, Wrapped, language
 from secateur.errors import RequestError
 from secateur.network.anatomy import Anatomy, FeedForward, anatomy, to_dict
 
@@ -322,6 +322,7 @@ def test_parallel_comes_from_dataflow(parallel: bool) -> None:
     [
         ("inner width", "mixes its units"),
         ("softmax", "mixes its units"),
+        ("tokens", "it mixes tokens"),
         ("layer norm", "mixes its units"),
         ("fixed width", "could not be run"),
         ("both bent", "gate and up cannot be told apart"),
@@ -335,8 +336,42 @@ def test_what_cannot_be_confirmed_is_refused(how: str, why: str) -> None:
     assert fine.note == ""
 
 
+def test_a_matrix_of_low_rank_is_no_feed_forward() -> None:
+    block = anatomy(language(LowRank(64, 16))).blocks[0]
+    assert block.feed_forward is None and "nothing nonlinear stands between them" in block.note
+
+
+def test_blocks_that_differ_in_a_setting_alone_are_examined_apart() -> None:
+    blocks = anatomy(language(*(Mixing(64, 160, how) for how in ("nothing", "nothing", "inner width")))).blocks
+    assert [block.feed_forward is not None for block in blocks] == [True, True, False]
+
+
+def test_gated_convolution_is_no_attention() -> None:
+    """LFM2's short convolutions have the shapes of fused attention: three times hidden in, hidden out."""
+    special: dict[str, Any] = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    kinds = ["conv", "full_attention"]
+    blocks = anatomy(skeleton(Lfm2Config(**special, **sizes, num_hidden_layers=2, layer_types=kinds))).blocks
+    assert blocks[0].attention is None and "conv is not confirmed as attention" in blocks[0].note
+    assert blocks[1].attention is not None and blocks[1].attention.kind == "GQA"
+    assert all(block.feed_forward and block.feed_forward.gate for block in blocks)
+
+
+def test_running_sum_is_no_attention() -> None:
+    cell = Cell(64, Lies(64, 160), False)
+    cell.mix = Running(64)
+    block = anatomy(Language(cell)).blocks[0]
+    assert block.attention is None and "mix is not confirmed as attention: it does not average" in block.note
+    assert block.feed_forward is not None
+
+
 def test_attention_of_one_head_is_no_feed_forward() -> None:
-    """v and o of a single head are cut like a feed-forward layer's matrices; only that tokens mix tells them apart."""
+    """v and o of a single head can be cut together like the matrices of a feed-forward layer."""
     block = anatomy(Language(Cell(64, Mixing(64, 160, "softmax"), False, heads=1), heads=1)).blocks[0]
     assert block.feed_forward is None and block.attention is not None and block.attention.head_dim == 64
     assert "inner.gate_proj" in block.note

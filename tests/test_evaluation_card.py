@@ -175,6 +175,8 @@ def test_a_model_that_a_clean_process_cannot_load_is_said(saved, tmp_path):
         (broken / file.name).write_bytes(b"" if file.suffix == ".safetensors" else file.read_bytes())
     with pytest.raises(RunError, match="ended with code 1"):
         memory(broken)
+    with pytest.raises(RequestError, match="damaged or cut short"):
+        evaluate(broken)
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +245,8 @@ def test_evaluate_refuses_before_it_measures(tmp_path):
     (tmp_path / "text").write_text("w1 w2")
     with pytest.raises(RequestError, match="too short"):
         evaluate((llama(), words()), text=tmp_path / "text")
+    with pytest.raises(RequestError, match="Did you mean 'bfloat16'"):
+        evaluate((llama(), words()), dtype="bflot16")
     with pytest.raises(RequestError, match="no tokenizer"):
         evaluate((llama(), None), text=tmp_path / "text")
 

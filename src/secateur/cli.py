@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from secateur.context import Advance, _Silent
+from secateur.context import Advance, _Silent, process_group
 from secateur.errors import RequestError, SecateurError
 from secateur.files import human, parse_size
 
@@ -61,7 +60,8 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compresses MODEL and writes it as an ordinary model directory that plain transformers opens."""
-    with _told(log_level, debug):
+    # joined before anything can fail, so that what fails in every process is told by one
+    with _told(log_level, debug), process_group():
         from secateur.recipe import Evaluate, Recipe
         from secateur.report import show
         from secateur.run import compress as run
@@ -72,14 +72,12 @@ def compress(
         plan = Recipe.read(recipe) if recipe else Recipe.parse({"steps": [{str(method): {}}]})
         plan = plan.override(set_ or [])
         if text is not None:
-            if not text.is_file():
-                raise RequestError(f"there is no text at {text}.")
             plan = plan.model_copy(update={"evaluate": Evaluate(text=text)})
         if output is None:
             raise RequestError("name the directory to write with --output DIR.")
         options: dict[str, Any] = {"recipe": plan, "output": output, "seed": seed, "dtype": dtype, "device": device}
         if dry_run:
-            _print_forecast(forecast(model, trust_remote_code=trust_remote_code, **options))
+            _print_forecast(forecast(model, restart=restart, trust_remote_code=trust_remote_code, **options))
             return
         result = run(
             model,
@@ -247,15 +245,17 @@ def _told(log_level: str, debug: bool) -> Iterator[None]:
     except SecateurError as error:
         if debug:
             raise
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        if not error.told:
+            errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         errors.print("stopped; the same command goes on from here.")
         sys.exit(130)
-    except (MemoryError, yaml.YAMLError) as error:
+    except (MemoryError, OSError) as error:
         if debug:
             raise
-        errors.print(f"error: {type(error).__name__}: {error}", highlight=False, markup=False, soft_wrap=True)
+        what = "there is not enough memory" if isinstance(error, MemoryError) else str(error)
+        errors.print(f"error: {what}; remove the cause and try again.", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from secateur.errors import RunError, SecateurError
 from secateur.files import read_tensors, write_json, write_tensors
 
 
@@ -47,15 +48,33 @@ def barrier() -> None:
 @contextmanager
 def process_group() -> Iterator[None]:
     """Joins the processes that torchrun started, if it did; leaves them at the end."""
-    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
-    if started:
-        # gloo, because what crosses processes here is small and lives on the CPU
-        dist.init_process_group("gloo")
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield
+        return
+    # gloo, because what crosses processes here is small and lives on the CPU
+    dist.init_process_group("gloo")
     try:
         yield
+    except SecateurError as error:
+        error.told = not _first(str(error))
+        raise
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower() and "connection" not in str(error).lower():
+            raise
+        raise RunError(
+            "another process of this run ended before its work was done; start the same command again."
+        ) from error
     finally:
-        if started:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+
+
+def _first(sentence: str) -> bool:
+    """Whether this is the first process to fail with that sentence: all meet the same error, one tells it."""
+    key = "secateur/" + hashlib.sha256(sentence.encode()).hexdigest()
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add(key, 1) == 1)
+    except RuntimeError:  # who kept the count is gone
+        return True
 
 
 class Context:

@@ -8,6 +8,8 @@ class SecateurError(Exception):
     """Something a person must know: one sentence that names the thing, what was found, and what to do."""
 
     exit_code = 1
+    # set where another process of the same run has told it already
+    told = False
 
 
 class RequestError(SecateurError):

@@ -8,13 +8,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from secateur.errors import RunError
@@ -37,12 +38,36 @@ def atomic(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except Exception as error:
         partial.unlink(missing_ok=True)
-        if _disk_full(error):
-            raise RunError(
-                f"the disk is full: {path.name} could not be written to {path.parent}; what was finished is kept. "
-                "Free some space and start the same command again: it goes on from there."
-            ) from error
+        _explain(error, path)
         raise
+
+
+def append_line(path: Path, text: str) -> None:
+    """Adds a line to a file and flushes it to the disk. Raises RunError when the disk is full."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            # the line break comes first, so that a line cut short earlier does not swallow this one
+            file.write(b"\n" + text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        _explain(error, path)
+        raise
+
+
+def _explain(error: Exception, path: Path) -> None:
+    """Raises the RunError that says what stopped the writing of `path`, where that is known."""
+    if disk_full(error):
+        raise RunError(
+            f"the disk is full: {path.name} could not be written to {path.parent}; what was finished is kept. "
+            "Free some space and start the same command again: it goes on from there."
+        ) from error
+    if isinstance(error, OSError | SafetensorError):
+        raise RunError(
+            f"{path.name} could not be written to {path.parent} ({error}); what was finished is kept. "
+            "Remove the cause and start the same command again: it goes on from there."
+        ) from error
 
 
 def _umask() -> int:
@@ -59,7 +84,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _disk_full(error: BaseException) -> bool:
+def disk_full(error: BaseException) -> bool:
+    """Whether an error, of Python or of a library that writes, means that no space is left."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     # safetensors wraps the operating system's error in its own, with the number in its text
@@ -115,7 +141,7 @@ def parse_size(text: str) -> int:
     binary = cleaned.endswith("ib")
     cleaned = cleaned.removesuffix("ib" if binary else "b")
     number, unit = (cleaned[:-1], cleaned[-1]) if cleaned and cleaned[-1] in units else (cleaned, "")
-    factor = units[unit]
-    if binary and unit:
-        factor = 1024 ** ("kmgt".index(unit) + 1)
+    factor = 1024 ** ("kmgt".index(unit) + 1) if binary and unit else units[unit]
+    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", number):
+        raise ValueError(f"{text!r} is not a size")
     return int(float(number) * factor)

@@ -72,7 +72,7 @@ class Recipe(BaseModel):
         for name in raw:
             if name not in cls.model_fields:
                 raise RequestError(
-                    f"a recipe has no entry '{name}'.{suggest(name, cls.model_fields)} "
+                    f"a recipe has no entry '{name}'.{suggest(str(name), cls.model_fields)} "
                     f"It has: {', '.join(cls.model_fields)}."
                 )
         steps = raw.get("steps")
@@ -94,11 +94,13 @@ class Recipe(BaseModel):
             raise RequestError(f"there is no recipe at {path}.")
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RequestError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        if isinstance(raw, dict) and "recipe" in raw and "steps" not in raw:
+            raw = raw["recipe"]
         if not isinstance(raw, dict):
             raise RequestError(f"{path} does not hold a recipe: a mapping with `steps` is wanted.")
-        return cls.parse(raw["recipe"] if "recipe" in raw and "steps" not in raw else raw)
+        return cls.parse(raw)
 
     def override(self, settings: Sequence[str]) -> "Recipe":
         """This recipe with `key=value` or `STEP.key=value` settings; STEP is a method's name or its position from 0."""
@@ -115,9 +117,22 @@ class Recipe(BaseModel):
                 raise RequestError(
                     f"--set {setting}: several steps could be meant; write STEP.{name}=… with its position."
                 )
-            steps[matching[0]][name] = yaml.safe_load(text)
+            try:
+                steps[matching[0]][name] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise RequestError(f"--set {setting}: the value is not valid YAML; put it in quotes.") from error
         raw = self.plain() | {"steps": [{step.method: new} for step, new in zip(self.steps, steps, strict=True)]}
         return Recipe.parse(raw)
+
+    def check_files(self) -> None:
+        """Raises RequestError naming the first file that the recipe needs and that is not there."""
+        text = self.evaluate.text if isinstance(self.evaluate, Evaluate) else None
+        if text is not None and not text.is_file():
+            raise RequestError(f"there is no text at {text}.")
+        for step in self.steps:
+            for key, value in step.parameters.items():
+                if isinstance(value, Path) and not value.exists():
+                    raise RequestError(f"{step.method}: {key}={value} does not exist.")
 
     def plain(self) -> dict[str, Any]:
         """The recipe in plain data, as YAML or JSON hold it."""
@@ -145,11 +160,7 @@ def _step(entry: Any) -> Step:
     [(name, parameters)] = entry.items()
     if parameters is not None and not isinstance(parameters, dict):
         raise RequestError(f"the parameters of step '{name}' must be a mapping, not {parameters!r}.")
-    complete = find(str(name)).validate(parameters or {})
-    for key, value in complete.items():
-        if isinstance(value, Path) and not value.exists():
-            raise RequestError(f"{name}: {key}={value} does not exist.")
-    return Step(method=str(name), parameters=complete)
+    return Step(method=str(name), parameters=find(str(name)).validate(parameters or {}))
 
 
 def _plain(value: Any) -> Any:

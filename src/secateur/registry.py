@@ -17,11 +17,12 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import Context
 from secateur.errors import RequestError, suggest
 from secateur.network.views import Cut, Network, Plan, Units
 
-__all__ = ["Context", "Cut", "Method", "Network", "Plan", "Ratio", "Units", "find", "method", "methods"]
+__all__ = ["Context", "Cut", "Method", "Network", "Plan", "Ratio", "SyntheticGram", "Units", "find", "method", "methods"]
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 """Fraction of the units removed, 0 ≤ ratio < 1."""
@@ -39,12 +40,19 @@ class Need:
     scope: Literal["network", "units", "any"]
     returns: type | None
     what: str
+    data: str = ""
 
 
 # The vocabulary of the contract. A new statistic or scope is one line here and its provider in an engine.
 NEEDS: dict[type, Need] = {
     Network: Need("network", Plan, "the whole network's matrices, read lazily"),
     Units: Need("units", Cut, "the feed-forward neurons of one block"),
+    SyntheticGram: Need(
+        "any",
+        None,
+        "second moment of the layer's neurons on tokens drawn by Zipf's law over the vocabulary's order",
+        "drawn tokens (Zipf's law over the vocabulary), no text",
+    ),
     Context: Need("any", None, "random streams, resumable state, artifacts, sharing of work"),
 }
 
@@ -73,7 +81,7 @@ class Method:
 
     @property
     def data(self) -> str:
-        return "none: weights only"
+        return ", ".join(NEEDS[need].data for need in self.needs.values() if NEEDS[need].data) or "none: weights only"
 
     @property
     def summary(self) -> str:
@@ -85,7 +93,7 @@ class Method:
         for name in parameters:
             if name not in known:
                 raise RequestError(
-                    f"{self.name} has no parameter '{name}'.{suggest(name, known)} It takes: {', '.join(known)}."
+                    f"{self.name} has no parameter '{name}'.{suggest(str(name), known)} It takes: {', '.join(known)}."
                 )
         try:
             return dict(self.schema(**parameters))
@@ -151,14 +159,14 @@ def method(
         needs: dict[str, type] = {}
         fields: dict[str, Any] = {}
         for parameter in inspect.signature(function).parameters.values():
-            hint = hints[parameter.name]
+            hint = hints.get(parameter.name)
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                if parameter.default is inspect.Parameter.empty:
+                if parameter.default is inspect.Parameter.empty or hint is None:
                     raise TypeError(
-                        f"{name}: parameter '{parameter.name}' has no default; a recipe must run without it"
+                        f"{name}: parameter '{parameter.name}' needs a type and a default; a recipe must run without it"
                     )
                 fields[parameter.name] = (hint, parameter.default)
-            elif hint in NEEDS:
+            elif hint in NEEDS and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
                 needs[parameter.name] = hint
             else:
                 raise TypeError(f"{name}: '{parameter.name}' asks for {hint}, which no engine provides")
@@ -168,6 +176,10 @@ def method(
         schema = pydantic.create_model(
             name, __config__=pydantic.ConfigDict(extra="forbid", validate_default=False), **fields
         )
+        try:
+            schema(**{key: default for key, (_, default) in fields.items()})
+        except pydantic.ValidationError as error:
+            raise TypeError(f"{name}: a default contradicts its own type: {error}") from error
         help_texts = _parameter_help(inspect.getdoc(function) or "")
         if missing := set(fields) - set(help_texts):
             raise TypeError(f"{name}: the docstring says nothing of {sorted(missing)}")

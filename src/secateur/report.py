@@ -15,7 +15,7 @@ from rich.table import Table
 from secateur.errors import SecateurError
 from secateur.evaluation import ResultCard, evaluate, render
 from secateur.files import human
-from secateur.network.source import Source
+from secateur.network.source import Source, conversion_dtype
 from secateur.recipe import Evaluate
 from secateur.registry import find
 
@@ -42,6 +42,8 @@ def measure(original: Source, result: Source, wanted: Evaluate | bool, max_memor
         )
     except SecateurError as error:
         return {"skipped": str(error)}
+    except Exception as error:  # transformers' or a tokenizer's own; the result is written and checked by now
+        return {"skipped": f"{type(error).__name__}: {error}"}
     return card.to_dict()
 
 
@@ -106,7 +108,7 @@ def model_card(receipt: Mapping[str, Any]) -> str:
         front["base_model"] = source["base_model"]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---",
-        f"# {source['base_model']}, compressed",
+        f"# {source['base_model'] or source['model']}, compressed",
         "Made with Secateur. It opens with plain `transformers`:",
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")\n```',
@@ -187,33 +189,37 @@ def forecast(
     from secateur.network.store import stored_dtype
     from secateur.network.stream import pieces
 
-    parameters = {name: p.numel() for name, p in original.skeleton.named_parameters()}
-    total, removed, cut = sum(parameters.values()), 0, {}
+    cut = {
+        block.index: (stage_widths[block.index], block.feed_forward.units)
+        for block in original.anatomy.blocks
+        if stage_widths and block.feed_forward and block.index in stage_widths
+    }
+    removed: dict[str, int] = {}
     for block in original.anatomy.blocks:
-        if stage_widths and block.feed_forward and block.index in stage_widths:
-            inner, width = block.feed_forward, stage_widths[block.index]
-            cut[block.index] = (width, inner.units)
-            removed += sum(
-                original.skeleton.get_parameter(part.parameter).numel()
-                * (inner.units - width)
-                // original.skeleton.get_parameter(part.parameter).shape[part.dim]
-                for part in inner.slices
-            )
-    infos = list(original.tensors.values())
-    source_dtype = infos[0].dtype if infos else torch.float32
-    width = stored_dtype(original, dtype, source_dtype).itemsize
-    largest = (
-        max(sum(original.tensors[key].bytes for key in piece.keys) for piece in pieces(original, 0))
-        if infos
-        else 4 * total
-    )
-    extra = 4 * total if not infos else 0
+        for part in block.feed_forward.slices if block.feed_forward and block.index in cut else ():
+            kept, of = cut[block.index]
+            parameter = original.skeleton.get_parameter(part.parameter)
+            fewer = parameter.numel() // parameter.shape[part.dim] * (of - kept)
+            removed[part.parameter] = removed.get(part.parameter, 0) + fewer
+    total = original.anatomy.parameters
+    if original.tensors:
+        gone = {original.keys[name]: count for name, count in removed.items()}
+        written = sum(
+            (torch.Size(info.shape).numel() - gone.get(key, 0)) * stored_dtype(original, dtype, info.dtype).itemsize
+            for key, info in original.tensors.items()
+        )
+        largest = max(sum(original.tensors[key].bytes for key in piece.keys) for piece in pieces(original, 0))
+        extra = 0
+    else:
+        precise = conversion_dtype(original.place, original.config)
+        written = (total - sum(removed.values())) * stored_dtype(original, dtype, precise).itemsize
+        largest = extra = precise.itemsize * total
     return {
         "parameters": total,
-        "parameters_after": total - removed,
+        "parameters_after": total - sum(removed.values()),
         "widths": {str(block): {"kept": kept, "of": of} for block, (kept, of) in cut.items()},
-        "bytes_written": (total - removed) * width,
-        "disk_needed": (total - removed) * width + extra,
+        "bytes_written": written,
+        "disk_needed": written + extra,
         "memory_needed": 3 * largest + 400 * 10**6,
         "output": str(output),
     }

@@ -17,16 +17,16 @@ import torch
 from torch import nn
 
 from secateur.context import Progress, barrier, process_group, processes, silent
-from secateur.errors import RequestError
+from secateur.errors import RequestError, RunError
 from secateur.files import write_json, write_text
 from secateur.network.source import Source, open_model
-from secateur.network.store import check_output
+from secateur.network.store import check_output, resized_config
 from secateur.network.surgery import cut_module
 from secateur.network.verify import CleanProcess, verify
 from secateur.network.views import Cut
 from secateur.recipe import Recipe
 from secateur.report import forecast, measure, model_card, peak_memory
-from secateur.stage import Stage, planned_widths
+from secateur.stage import Stage, check_steps
 from secateur.workspace import RECEIPT, Workspace
 
 logger = logging.getLogger(__name__)
@@ -85,11 +85,19 @@ def compress(
         return _in_memory(spec, plan, device, progress)
     if output is None:
         raise RequestError("no output directory was named.")
+    run = _Run(
+        spec, plan, Path(output), device, free_memory() // 2 if max_memory is None else max_memory, trust_remote_code,
+        evaluate, shard_bytes, progress, clean,
+    )  # fmt: skip
     with process_group():
-        return _Run(
-            spec, plan, Path(output), device, max_memory or free_memory() // 2, trust_remote_code, evaluate, shard_bytes,
-            progress, clean,
-        ).go(restart)  # fmt: skip
+        try:
+            return run.go(restart)
+        except OSError as error:
+            # what is written goes through secateur.files, which explains itself; this is the rest
+            raise RunError(
+                f"{error.filename or output}: {error.strerror or error}; remove the cause and start the same command "
+                "again: it goes on from there."
+            ) from error
 
 
 def dry_run(
@@ -100,16 +108,15 @@ def dry_run(
     seed: int | None = None,
     dtype: str | None = None,
     device: str = "cpu",
+    restart: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """What `compress` would cut, write and need: plain data. Reads headers, and one block's weights to time the method."""
     plan, spec = _request(model, None, None, recipe, seed, dtype)
-    source = open_model(spec, trust_remote_code=trust_remote_code)
-    check_output(Path(output), source)
-    stage = Stage(source, plan.steps[0], 0, plan.seed, Path(output), Path(output), device=device)
-    stage.check()
+    run = _Run(spec, plan, Path(output), device, 0, trust_remote_code, False, 256 * 10**6, silent, None)
+    source, _, _, widths = run.look(restart)
     wanted = getattr(torch, plan.dtype) if plan.dtype else None
-    said = forecast(source, planned_widths(source, plan.steps[0]), Path(output), wanted)
+    said = forecast(source, widths, Path(output), wanted)
     place = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
     said["disk_free"] = shutil.disk_usage(place).free
     if not source.tensors:
@@ -117,11 +124,15 @@ def dry_run(
         return said
     begun = time.time()
     first = next(block.index for block in source.anatomy.blocks if block.feed_forward)
-    stage.cuts_in_memory([first])
+    step = plan.steps[0]
+    if step.parameters.get("ratios"):  # one for each layer, of which one is tried
+        step = step.model_copy(update={"parameters": {**step.parameters, "ratios": step.parameters["ratios"][:1]}})
+    Stage(source, step, 0, plan.seed, Path(output), Path(output), device=device).cuts_in_memory([first])
     method = (time.time() - begun) * sum(block.feed_forward is not None for block in source.anatomy.blocks)
     begun = time.time()
     keys = [source.keys[name] for name in source.anatomy.blocks[first].parameters]
-    size = sum(tensor.float().abs().sum().numel() * tensor.nbytes for tensor in source.read(keys).values())
+    # summed, so that what is mapped from the file is really read
+    size = sum(tensor.nbytes for tensor in source.read(keys).values() if tensor.float().sum() is not None)
     rest = (time.time() - begun) * 3 * source.bytes / max(size, 1)
     said["seconds"] = method + rest
     said["time"] = f"about {method + rest:.0f} s by one block, besides the reload check and measuring"
@@ -141,6 +152,7 @@ def _request(
     spec = model if model is not None else plan.model
     if spec is None:
         raise RequestError("no model was named: give one, or a recipe with `model`.")
+    plan.check_files()
     return plan, spec
 
 
@@ -188,25 +200,41 @@ class _Run:
     progress: Progress
     clean: CleanProcess | None
 
-    def go(self, restart: bool) -> Result:
-        started = time.time()
+    def look(self, restart: bool) -> tuple[Source, Workspace, str, dict[int, int] | None]:
+        """Everything that can be refused before the weights are read; writes nothing.
+
+        Returns: the source, the output directory and what it is to this run, the widths after the last step.
+        """
         source = open_model(self.spec, trust_remote_code=self.trust_remote_code)
         check_output(self.output, source)
         workspace = Workspace(self.output, self._identity(source))
         found = workspace.check(restart)
+        widths = check_steps(source, self.recipe.steps) if found != "finished" else None
+        if source.tensors and found == "fresh":
+            _ = source.keys  # a checkpoint that lacks a parameter is refused here
+        return source, workspace, found, widths
+
+    def go(self, restart: bool) -> Result:
+        started = time.time()
+        source, workspace, found, _ = self.look(restart)
         barrier()  # nobody writes before everybody has looked
         if found == "finished":
             shutil.rmtree(workspace.state, ignore_errors=True)
             return Result(self.output, json.loads((self.output / RECEIPT).read_text()))
-        self._stage(source, 0, self.output, workspace.state).check()
         hashes = self._scan(source) if source.tensors and found == "fresh" else None
         workspace.begin(restart)
-        if not source.tensors:
-            source = self._convert(workspace, found == "fresh")
-        hashes = self._hashes(source, workspace, hashes)
-        timings = {"opening": time.time() - started}
-        original = source
-        stages = self._steps(source, workspace, timings)
+        timings: dict[str, float] = {}
+        try:
+            if not source.tensors:
+                source = self._convert(workspace)
+            original, hashes = source, self._hashes(source, workspace, hashes)
+            timings["opening"] = time.time() - started
+            stages = self._steps(source, workspace, timings)
+        except RequestError:
+            # a method or a conversion found the request wrong: nothing is to have been written
+            if found == "fresh" and processes()[0] == 0:
+                workspace.abandon()
+            raise
         if processes()[0] != 0:
             barrier()
             return Result(self.output)
@@ -217,11 +245,9 @@ class _Run:
         return Result(self.output, receipt)
 
     def _identity(self, source: Source) -> dict[str, Any]:
-        place = source.place.file
-        files = [[place.name, place.stat().st_size, place.stat().st_mtime_ns]] if place else source.quick_print()
         return {
             **self.recipe.identity(),
-            "source": files,
+            "source": source.quick_print(),
             "threads": torch.get_num_threads(),
             "device": self.device,
             "shard_bytes": self.shard_bytes,
@@ -243,26 +269,21 @@ class _Run:
             raise outcome[0]
         return dict(outcome[0])
 
-    def _convert(self, workspace: Workspace, fresh: bool) -> Source:
-        """The source as safetensors in the state folder; a directory that it cannot be made for is left as it was."""
-        try:
-            # the first process converts, the others find it done
-            for turn in (processes()[0] == 0, processes()[0] != 0):
-                if turn:
-                    source = open_model(self.spec, work=workspace.state, trust_remote_code=self.trust_remote_code)
-                barrier()
-            self._hashes(source, workspace)
-            return source
-        except RequestError:
-            if fresh and processes()[0] == 0:
-                workspace.abandon()
-            raise
+    def _convert(self, workspace: Workspace) -> Source:
+        """The source as safetensors in the state folder: the first process converts, the others find it done."""
+        for turn in (processes()[0] == 0, processes()[0] != 0):
+            if turn:
+                source = open_model(self.spec, work=workspace.state, trust_remote_code=self.trust_remote_code)
+            barrier()
+        return source
 
     def _hashes(self, source: Source, workspace: Workspace, known: dict[str, str] | None = None) -> dict[str, str]:
         """The hashes of the source, kept in the state, so that a run that goes on need not read everything again."""
         path = workspace.state / "scan.json"
+        exists = path.exists()
+        barrier()  # everybody has looked before the first process can have written it
         if known is None:
-            known = json.loads(path.read_text()) if path.exists() else self._scan(source)
+            known = json.loads(path.read_text()) if exists else self._scan(source)
         if processes()[0] == 0:
             write_json(path, known)
         barrier()
@@ -272,8 +293,10 @@ class _Run:
         last = index == len(self.recipe.steps) - 1
         # between steps weights stay as precise as they came; only the last step writes the wanted dtype
         wanted = self.recipe.dtype if last else ("float32" if source.place.weights == "gguf" else None)
+        beside = self.output / "secateur"
+        artifacts = beside if len(self.recipe.steps) == 1 else beside / f"step-{index}"
         return Stage(
-            source, self.recipe.steps[index], index, self.recipe.seed, target, state / f"step-{index}",
+            source, self.recipe.steps[index], index, self.recipe.seed, target, state / f"step-{index}", artifacts,
             getattr(torch, wanted) if wanted else None, self.shard_bytes, self.device, self.progress,
         )  # fmt: skip
 
@@ -285,7 +308,6 @@ class _Run:
             last = index == len(self.recipe.steps) - 1
             target = self.output if last else workspace.state / f"model-{index}"
             stage = self._stage(source, index, target, workspace.state)
-            stage.check()
             stage.run()
             stages.append(stage)
             timings[f"step {index}: {step.method}"] = time.time() - begun
@@ -345,12 +367,20 @@ class _Run:
 
 def _in_memory(module: nn.Module, recipe: Recipe, device: str, progress: Progress) -> Result:
     """Cuts a copy of a live module; widths may differ between layers here."""
+    check_steps(open_model(module), recipe.steps, saved=False)
     copy = deepcopy(module)
     notes: list[dict[str, Any]] = []
     for index, step in enumerate(recipe.steps):
         source = open_model(copy)
         stage = Stage(source, step, index, recipe.seed, Path(), Path(), device=device, progress=progress)
         cuts: dict[int, Cut] = stage.cuts_in_memory()
+        try:
+            # so that a module whose widths its configuration can say may be saved
+            for key, value in resized_config(source, {b: len(cut.kept) for b, cut in cuts.items()}).items():
+                if getattr(source.config, key, value) != value:
+                    setattr(source.config, key, value)
+        except RequestError as error:
+            logger.info("the cut module keeps the configuration that it had: %s", error)
         cut_module(copy, source.anatomy, cuts)
         notes.append({"method": step.method, "kept": {str(b): len(c.kept) for b, c in cuts.items()}, **stage.notes})
     return Result(None, {"recipe": recipe.plain(), "decisions": notes}, copy)

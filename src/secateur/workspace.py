@@ -1,7 +1,6 @@
 """The output directory while a run is under way: whose it is, what is finished, what it needs."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any
 
 from secateur.context import barrier, processes
 from secateur.errors import RequestError
-from secateur.files import write_json
+from secateur.files import append_line, write_json
 
 RECEIPT = "secateur.json"
 STATE = ".secateur"
+_RESTARTING = "restarting"
 
 
 class Workspace:
@@ -25,6 +25,7 @@ class Workspace:
         self.output = output
         self.state = output / STATE
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._existed = output.is_dir()
 
     def check(self, restart: bool) -> str:
         """What the directory is to this run: "fresh", "begun" or "finished". Writes nothing.
@@ -35,29 +36,24 @@ class Workspace:
             raise RequestError(f"the output {self.output} is a file; name a directory.")
         if not self.output.exists() or not any(self.output.iterdir()):
             return "fresh"
-        for path, what, key in (
-            (self.output / RECEIPT, "finished", "identity"),
-            (self.state / "run.json", "begun", None),
-        ):
-            if path.exists():
-                try:
-                    found = json.loads(path.read_text())
-                except ValueError:
-                    raise RequestError(f"{path} cannot be read; name another output directory.") from None
-                if restart:
-                    return "fresh"
-                self._compare(found.get(key, {}) if key else found, what)
-                return what
-        if restart and self.state.is_dir():
-            return "fresh"
-        if [path.name for path in self.output.iterdir()] == [STATE] and not any(self.state.iterdir()):
+        receipt, begun = _plain(self.output / RECEIPT), _plain(self.state / "run.json")
+        if receipt is not None and "recipe" in receipt and "identity" in receipt:
+            found, what = receipt["identity"], "finished"
+        elif begun is not None and "steps" in begun:
+            found, what = begun, "begun"
+        elif [path.name for path in self.output.iterdir()] == [STATE] and not _begun(self.state):
             return "fresh"  # killed between making the folder and saying whose it is
-        raise RequestError(
-            f"the output {self.output} is not empty and holds nothing that Secateur began; name another directory."
-        )
+        else:
+            raise RequestError(
+                f"the output {self.output} is not empty and holds nothing that Secateur began; name another directory."
+            )
+        if restart:
+            return "fresh"
+        self._compare(found, what)
+        return "fresh" if _RESTARTING in found else what
 
     def _compare(self, found: Mapping[str, Any], what: str) -> None:
-        differs = [key for key in self.identity if found.get(key) != self.identity[key]]
+        differs = [key for key, value in self.identity.items() if found.get(key) != value]
         if differs:
             details = ", ".join(
                 f"{key} ({_short(found.get(key))} there, {_short(self.identity[key])} now)" for key in differs
@@ -70,13 +66,29 @@ class Workspace:
     def begin(self, restart: bool) -> None:
         """Takes the directory for this run; `restart` first removes what another run of ours left."""
         if processes()[0] == 0:
-            if restart and self.output.is_dir():
-                for path in self.output.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self.state.mkdir(parents=True, exist_ok=True)
-            if not (self.state / "run.json").exists():
-                write_json(self.state / "run.json", self.identity)
+            record = self.state / "run.json"
+            if restart or _RESTARTING in (_plain(record) or {}):
+                self._clear(record)
+            try:
+                self.state.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RequestError(
+                    f"the output {self.output} cannot be made ({error.strerror}); name a directory that may be written."
+                ) from error
+            if not record.exists():
+                write_json(record, self.identity)
         barrier()
+
+    def _clear(self, record: Path) -> None:
+        """Removes everything; killed half way, the directory still says that it is ours and to be cleared."""
+        if not self.output.is_dir() or not any(self.output.iterdir()):
+            return
+        write_json(record, {**self.identity, _RESTARTING: True})
+        for folder, spared in ((self.output, self.state), (self.state, record)):
+            for path in folder.iterdir():
+                if path != spared:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        record.unlink()
 
     def finish(self, receipt: Mapping[str, Any]) -> None:
         """Writes the receipt, then removes the state: from here on the directory is a plain model."""
@@ -84,10 +96,26 @@ class Workspace:
         shutil.rmtree(self.state)
 
     def abandon(self) -> None:
-        """Removes a directory in which nothing but an unfinished start lies."""
-        shutil.rmtree(self.state, ignore_errors=True)
-        if self.output.is_dir() and not any(self.output.iterdir()):
-            self.output.rmdir()
+        """Leaves things as `check` found them, for a request that turned out wrong only after the start."""
+        shutil.rmtree(self.output) if not self._existed else self._empty()
+
+    def _empty(self) -> None:
+        for path in self.output.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _plain(path: Path) -> dict[str, Any] | None:
+    """A file's JSON mapping, or None when it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _begun(state: Path) -> bool:
+    """Whether a run has left more than the unfinished note of whose it is."""
+    return any(path.name != "run.json.partial" for path in state.iterdir())
 
 
 def _short(value: Any) -> str:
@@ -112,9 +140,4 @@ class Journal:
                     continue
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with self._own.open("ab") as file:
-            # the line break comes first, so that a line cut short earlier does not swallow this one
-            file.write(b"\n" + json.dumps(entry).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._own, json.dumps(entry))

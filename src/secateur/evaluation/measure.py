@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from secateur.context import Progress, silent
-from secateur.errors import RequestError
+from secateur.errors import RequestError, suggest
 from secateur.evaluation.arithmetic import multiply_adds, parameters
 from secateur.evaluation.card import Column, ResultCard, findings
 from secateur.evaluation.divergence import Divergence, compare
@@ -21,8 +21,9 @@ from secateur.evaluation.speed import PREFILL
 from secateur.evaluation.speed import speed as measure_speed
 from secateur.evaluation.text import Tokens, check_same_tokenizer, read_text, self_written, tokenize
 from secateur.network.locate import locate
-from secateur.network.source import load
+from secateur.network.source import load, open_model
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 WINDOW = 1024
 WRITTEN_WINDOW = 256
 WRITTEN_WINDOWS = 4
@@ -72,7 +73,13 @@ def evaluate(
     model gives non-finite logits or a clean process cannot load it.
     """
     content = read_text(text) if text is not None else None
+    if dtype not in DTYPES:
+        raise RequestError(f"The dtype {dtype!r} is not one of {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}")
     specs = [model] if reference is None else [model, reference]
+    for spec in specs:
+        if not isinstance(spec, tuple):
+            # Headers alone: a damaged model is refused at once, not by a child process that fails on it.
+            open_model(spec, trust_remote_code=trust_remote_code)
     # All clean processes come before anything is held here, or their memory would come on top of that of the models.
     memories = [_memory(spec, dtype, trust_remote_code) for spec in specs]
     opened = [_open(spec, used, dtype, device, trust_remote_code) for spec, used in zip(specs, memories, strict=True)]
@@ -161,7 +168,7 @@ def _on_written(
     if theirs.tokenizer is None:
         raise RequestError(f"{theirs.name} has no tokenizer, so it cannot write text; add its tokenizer files.")
     count = windows if windows is not None else WRITTEN_WINDOWS
-    tokens = self_written(theirs.module, theirs.tokenizer, sequences=count, length=length, seed=seed)
+    tokens = self_written(theirs.module, theirs.tokenizer, sequences=count, length=length, seed=seed, progress=progress)
     return compare(ours.module, theirs.module, tokens, window=length, progress=progress).divergence
 
 

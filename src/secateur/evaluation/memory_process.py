@@ -35,7 +35,8 @@ def main() -> None:
         dtype=getattr(torch, request["dtype"]),
         trust_remote_code=request["trust_remote_code"],
         **options,
-    ).eval()
+    )
+    model.eval()
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or request["tokens"]
     tokens = min(request["tokens"], limit)

@@ -126,7 +126,7 @@ def split(ids: Tensor, window: int, count: int) -> Iterator[Tensor]:
 def rows_of(logits: Tensor, piece: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """A few rows at a time of `logits` (window - 1, vocabulary) with the tokens of `piece` (window,) they predict."""
     targets = piece[1:].to(logits.device)
-    return zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+    return zip(torch.split(logits, ROWS), torch.split(targets, ROWS), strict=True)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.context import Progress, silent
 from secateur.errors import RequestError
 from secateur.evaluation.forward import check_length, evaluating, finite, has_cache, logits_of, maximum_positions, step
 
@@ -75,7 +76,13 @@ def check_same_tokenizer(tokenizer: Any, reference: Any) -> None:
 
 
 def self_written(
-    reference: nn.Module, tokenizer: Any, *, sequences: int = 4, length: int | None = None, seed: int = 0
+    reference: nn.Module,
+    tokenizer: Any,
+    *,
+    sequences: int = 4,
+    length: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Tokens:
     """Text that `reference` writes itself: what to compare two models on when there is no data.
 
@@ -98,7 +105,7 @@ def self_written(
     starts = [ordinary[torch.randint(len(ordinary), (1,), generator=generator)] for generator in generators]
     written = torch.stack(starts)
     cache = None
-    with evaluating(reference):
+    with evaluating(reference), progress("text by the reference", length - 1) as bar:
         while written.shape[1] < length:
             if has_cache(reference):
                 logits, cache = step(reference, written if cache is None else written[:, -1:], cache)
@@ -108,6 +115,7 @@ def self_written(
             probabilities = torch.softmax(last.cpu().double(), dim=-1)
             drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators, strict=True)]
             written = torch.cat([written, torch.stack(drawn)], dim=1)
+            bar.advance()
     ids = written.flatten()
     return Tokens(
         ids=ids,

@@ -74,8 +74,8 @@ def _gguf_licence(path: Path, changed: int) -> str | None:
 
     try:
         reader = GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
-        raise RequestError(f"{path} is not a readable GGUF file: {error}") from error
+    except Exception as error:  # the reader takes every number in the file at its word
+        raise RequestError(f"{path} is not a readable GGUF file: {str(error) or type(error).__name__}") from error
     licence = reader.fields.get("general.license")
     return str(licence.contents()) if licence else None
 

@@ -4,6 +4,7 @@ A trial runs a copy of one module with its feed-forward width shrunk to a few un
 by prepared outputs, and shows what each matrix does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,10 @@ class FeedForwardTrial:
         for path, matrix in linear.items():
             if path not in own:
                 set_submodule(self.host, path, _Given(torch.zeros(matrix.outputs)))
+        self.states: dict[str, Tensor] = {}  # what the modules of the copy were given in the last run
+        for path, module in self.host.named_modules():
+            if path and not any(True for _ in module.children()):
+                module.register_forward_pre_hook(self._watch(path))
         self.weights = _Weights(
             tuple(
                 (
@@ -141,9 +146,18 @@ class FeedForwardTrial:
         host = self.proposal.host
         return path[len(host) + 1 :] if host else path
 
-    def module(self, matrix: Matrix) -> nn.Module:
-        """The copy's module of one of the proposal's matrices."""
-        return self.host.get_submodule(self._local(matrix.module))
+    def _watch(self, path: str) -> Callable[[nn.Module, Any], None]:
+        def hook(_: nn.Module, args: Any) -> None:
+            value = first_tensor(args)
+            if value is not None:
+                self.states[path] = value
+
+        return hook
+
+    @property
+    def product(self) -> Tensor:
+        """What `down` was given in the last run."""
+        return self.states[self._local(self.proposal.down.module)]
 
     def run(self, weights: _Weights, disturbed: bool = False) -> Tensor:
         """The host's output, (tokens, hidden), with these weights in the place of its feed-forward layer's.
@@ -180,7 +194,7 @@ class FeedForwardTrial:
         return output.reshape(-1, output.shape[-1])
 
     def _set(self, matrix: Matrix, weight: Tensor, bias: Tensor) -> None:
-        module = self.module(matrix)
+        module = self.host.get_submodule(self._local(matrix.module))
         outputs, inputs = weight.shape
         stored = weight.T.contiguous() if matrix.output_dim else weight
         module.weight = nn.Parameter(stored, requires_grad=False)
@@ -192,38 +206,18 @@ class FeedForwardTrial:
 
     def activation(self, gate: int | None, up: int) -> str:
         """Path of the module f for which the layer is exactly down(f(gate(x)) * up(x)), or down(f(up(x))); else ""."""
-        seen: dict[str, Tensor] = {}
-        own = {self._local(matrix.module) for matrix in (*self.proposal.inputs, self.proposal.down)}
-        handles = []
-
-        def watch(path: str, module: nn.Module, inputs: bool) -> None:
-            def hook(_: nn.Module, args: Any, output: Any) -> None:
-                value = first_tensor(args if inputs else output)
-                if value is not None:
-                    seen[path] = value
-
-            handles.append(module.register_forward_hook(hook))
-
-        candidates = {
-            path: module
-            for path, module in self.host.named_modules()
-            if path and path not in own and not any(True for _ in module.children())
-        }
-        for path, module in candidates.items():
-            watch(path, module, inputs=True)
-        for name, matrix in (("input", self.proposal.inputs[0]), ("down", self.proposal.down)):
-            watch(f"/{name}", self.module(matrix), inputs=True)
         self.run(self.weights)
-        for handle in handles:
-            handle.remove()
-        x, product = seen["/input"], seen["/down"]
+        product, x = self.product, self.states[self._local(self.proposal.inputs[0].module)]
         states = [x @ weight.T + bias for weight, bias in self.weights.branches]
-        for path, module in candidates.items():
-            if path in seen and seen[path].shape[-1] == UNITS and not isinstance(module, (nn.Dropout, nn.Identity)):
-                with torch.no_grad():
-                    wanted = module(states[up]) if gate is None else module(states[gate]) * states[up]
-                if wanted.shape == product.shape and (wanted - product).abs().max() <= TOLERANCE * product.abs().max():
-                    return path
+        own = {self._local(matrix.module) for matrix in (*self.proposal.inputs, self.proposal.down)}
+        for path, given in list(self.states.items()):
+            module = self.host.get_submodule(path)
+            if path in own or given.shape[-1] != UNITS or isinstance(module, (nn.Dropout, nn.Identity)):
+                continue
+            with torch.no_grad():
+                wanted = module(states[up]) if gate is None else module(states[gate]) * states[up]
+            if wanted.shape == product.shape and (wanted - product).abs().max() <= TOLERANCE * product.abs().max():
+                return path
         return ""
 
 
@@ -234,8 +228,9 @@ def try_feed_forward(
 
     Three things are asked of a feed-forward layer. (1) Tokens do not mix, as they do in attention. (2) Cutting some
     units from all its matrices gives what zeroing their columns of `down` gives: units do not mix. (3) In a gated
-    layer, `up` is the branch in which the output is linear: the factor -2 (negative, because ReLU too is linear for
-    positive factors) comes out again; `gate` is the branch where it does not.
+    layer, `up` is the branch in which what `down` is given is linear: the factor -2 (negative, because ReLU too is
+    linear for positive factors) comes out again; `gate` is the branch where it does not. In a plain layer the one
+    branch is not linear, else it would be a matrix of low rank.
     """
     try:
         trial = FeedForwardTrial(host, proposal, hidden, call)
@@ -254,11 +249,13 @@ def try_feed_forward(
             kept = torch.tensor([unit for unit in range(UNITS) if unit not in cut])
             if not float((trial.run(weights.keep(kept)) - zeroed).abs().max()) <= TOLERANCE * size:
                 return "cutting a unit changes what the other units give: the layer mixes its units"
-        linear = [
-            float((trial.run(weights.scale(branch, -2.0)) - nothing + 2 * (full - nothing)).abs().max())
-            <= TOLERANCE * size
-            for branch in range(len(weights.branches))
-        ]
+        linear = []
+        trial.run(weights)
+        product = trial.product
+        for branch in range(len(weights.branches)):
+            trial.run(weights.scale(branch, -2.0))
+            difference = (trial.product + 2 * product).abs().max()
+            linear.append(float(difference) <= TOLERANCE * float(product.abs().max()))
         if len(linear) == 1:
             if linear[0]:
                 return "nothing nonlinear stands between them"
@@ -342,7 +339,8 @@ def try_attention(
             output = run(index, given[index].value[:1].repeat(TOKENS, 1))
             return float((output - output[:1]).abs().max()) <= TOLERANCE * size
 
-        local_only, spreading = [], []
+        local_only: list[int] = []
+        spreading: list[int] = []
         for index, module in enumerate(given):
             other = module.value.clone()
             other[token] = torch.randn(other.shape[-1], generator=generator)

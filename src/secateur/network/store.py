@@ -158,11 +158,15 @@ def copy_companions(source: Source, directory: Path) -> None:
 
 
 def check_output(output: Path, source: Source) -> None:
-    """Raises RequestError when `output` is, or lies inside, the source."""
+    """Raises RequestError when `output` is, lies inside, or holds the source."""
     if source.directory is None:
         return
-    inner, outer = output.resolve(), (source.place.file or source.directory).resolve()
-    if inner == outer or (outer in inner.parents and source.place.file is None) or inner == source.directory.resolve():
+    there, here = output.resolve(), source.place.directory.resolve()
+    # beside a GGUF file there may be anything; inside a model directory everything is the model's
+    inside = here in there.parents and source.place.file is None
+    if there == here or inside or there == (source.place.file or here).resolve():
         raise RequestError(
             f"the output {output} is the source or lies inside it; a run never writes there: name another."
         )
+    if there in here.parents:
+        raise RequestError(f"the source {source.spec} lies inside the output {output}; name another output.")

@@ -66,6 +66,47 @@ def streamed_logits(model: nn.Module, anatomy: Anatomy, fetch: Fetch, ids: Tenso
         return model(input_ids=ids, use_cache=False).logits
 
 
+class _SeenEnough(Exception):
+    """Ends a forward pass once every watched module was reached; the head is never computed."""
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module,
+    anatomy: Anatomy,
+    fetch: Fetch,
+    ids: Tensor,
+    watched: Mapping[str, int],
+    see: Callable[[int, Tensor], None],
+) -> None:
+    """Runs a model block by block, as `streamed_logits` does, and shows the inputs of some of its modules.
+
+    Args:
+        watched: a number for each module's path; `see` is called with it and the module's input, once each.
+    """
+    waiting = set(watched)
+    handles = []
+
+    def look(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            see(watched[path], inputs[0])
+            waiting.discard(path)
+            if not waiting:
+                raise _SeenEnough
+
+        return hook
+
+    try:
+        handles += [model.get_submodule(path).register_forward_pre_hook(look(path)) for path in watched]
+        with _fetched(model, anatomy, fetch):
+            model(input_ids=ids, use_cache=False)
+    except _SeenEnough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @contextmanager
 def _fetched(model: nn.Module, anatomy: Anatomy, fetch: Fetch) -> Iterator[None]:
     inside = {name for block in anatomy.blocks for name in block.parameters}

@@ -134,6 +134,9 @@ def trace(model: nn.Module, blocks: dict[int, str], opaque: Sequence[str]) -> di
                 block = twin.get_submodule(path)
                 for name, module in block.named_modules():
                     watch(traces[index], name, module)
+            for part in twin.modules():  # a cache would be filled with fake tensors and travel into the trials
+                if hasattr(getattr(part, "config", None), "use_cache"):
+                    part.config.use_cache = False  # type: ignore[union-attr]
             tokens = torch.zeros(1, TOKENS, dtype=torch.long)
             options = inspect.signature(twin.forward).parameters
             twin(tokens, **({"use_cache": False} if "use_cache" in options else {}))

@@ -1,6 +1,6 @@
 """What methods see of a network, and what they say should become of it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -86,20 +86,6 @@ class Units:
     def down_bias(self) -> Tensor | None:
         """(h,)"""
         return self._whole(self._parts.down_bias) if self._parts.down_bias else None
-
-    @property
-    def activation(self) -> Callable[[Tensor], Tensor]:
-        """The nonlinearity of this feed-forward, as the model has it."""
-        return self._source.skeleton.get_submodule(self._parts.activation)
-
-    def normalise(self, inputs: Tensor) -> Tensor:
-        """(n, h) -> (n, h): the norm that feeds this feed-forward, with its real scale and bias; identity if unknown."""
-        if self._parts.norm_module is None:
-            return inputs
-        path = self._parts.norm_module
-        module = self._source.skeleton.get_submodule(path)
-        values = {name: self._whole(f"{path}.{name}") for name, _ in module.named_parameters()}
-        return torch.func.functional_call(module, values, (inputs,))
 
     def _whole(self, parameter: str) -> Tensor:
         return self._source.parameter(parameter).to(self._device).float()

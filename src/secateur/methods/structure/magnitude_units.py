@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from secateur.network.widths import round_width
 from secateur.registry import Cut, Ratio, Units, method
-from secateur.tensor.widths import round_width
 
 
 @method(

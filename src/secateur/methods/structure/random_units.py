@@ -2,8 +2,8 @@
 
 import torch
 
+from secateur.network.widths import round_width
 from secateur.registry import Context, Cut, Ratio, Units, method
-from secateur.tensor.widths import round_width
 
 
 @method(

@@ -11,8 +11,8 @@ def round_width(units: int, ratio: float, multiple_of: int = 1) -> int:
     multiple_of: the kept width is the multiple of this that lies nearest to (1 - ratio)·units (the larger one when two
         are equally near). Kernels and GGUF blocks want round widths.
 
-    Where no multiple serves (the layer is narrower than the multiple, or rounding would keep every unit of a layer
-    that was to shrink) the width is int((1 - ratio)·units), the published PruneNet rule.
+    With multiple_of 1, and where no multiple serves (the layer is narrower than the multiple, or rounding would keep every
+    unit of a layer that was to shrink), the width is int((1 - ratio)·units), the published PruneNet rule.
 
     Raises RequestError when the ratio lies outside [0, 1), when multiple_of is below 1, and when no unit is left.
     """
@@ -28,4 +28,4 @@ def round_width(units: int, ratio: float, multiple_of: int = 1) -> int:
     if plain < 1:
         raise RequestError(f"A ratio of {ratio} leaves none of {units} neurons; ask for less than {1 - 1 / units:.4f}.")
     rounded = int((1 - ratio) * units / multiple_of + 0.5) * multiple_of
-    return rounded if 0 < rounded < units else plain
+    return rounded if multiple_of > 1 and 0 < rounded < units else plain

@@ -1,0 +1,1 @@
+"""What inputs say about the weights: statistics that methods ask for by type."""

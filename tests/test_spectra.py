@@ -94,6 +94,17 @@ def test_blocked_inertia_counts_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> 
         assert count_below(matrix, float(values[index] + values[index + 1]) / 2, block=32) == index + 1
 
 
+def test_blocked_inertia_survives_singular_pivots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """x is an eigenvalue of the first diagonal block, and of the first two: plain elimination divides by zero."""
+    monkeypatch.setattr("secateur.tensor.spectra.WIDE", 50)
+    matrix = gram(layer(600, 200))
+    values = torch.linalg.eigvalsh(matrix.double())
+    for size in (32, 64):
+        for x in torch.linalg.eigvalsh(matrix[:size, :size])[4::9]:
+            expected = int((values < float(x)).sum())
+            assert abs(count_below(matrix, float(x), block=32) - expected) <= 1
+
+
 def test_counting_two_by_two_pivots() -> None:
     # zero diagonal: LAPACK must pivot in pairs, each with one negative eigenvalue
     matrix = torch.tensor([[0.0, 2, 0, 0], [2, 0, 0, 0], [0, 0, 0, 3], [0, 0, 3, 0]])

@@ -1,8 +1,6 @@
 """What a person reads of a run: the measured card, the model card, the lines on the terminal."""
 
 import io
-import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,12 +43,6 @@ def measure(original: Source, result: Source, wanted: Evaluate | bool, max_memor
     except Exception as error:  # transformers' or a tokenizer's own; the result is written and checked by now
         return {"skipped": f"{type(error).__name__}: {error}"}
     return card.to_dict()
-
-
-def peak_memory() -> int:
-    """Highest resident memory of this process so far, in bytes."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
 
 
 def widths(receipt: Mapping[str, Any]) -> list[str]:

@@ -19,13 +19,14 @@ from torch import nn
 from secateur.context import Progress, barrier, process_group, processes, silent
 from secateur.errors import RequestError, RunError
 from secateur.files import write_json, write_text
+from secateur.network.clean_load import peak
 from secateur.network.source import Source, open_model
 from secateur.network.store import check_output, resized_config
 from secateur.network.surgery import cut_module
 from secateur.network.verify import CleanProcess, verify
 from secateur.network.views import Cut
 from secateur.recipe import Recipe
-from secateur.report import forecast, measure, model_card, peak_memory
+from secateur.report import forecast, measure, model_card
 from secateur.stage import Stage, check_steps
 from secateur.workspace import RECEIPT, Workspace
 
@@ -359,7 +360,7 @@ class _Run:
         timings["measuring"] = time.time() - begun
         receipt["timings"] = {**{name: round(value, 3) for name, value in timings.items()}}
         receipt["seconds"] = round(time.time() - started, 3)
-        receipt["peak_memory"] = peak_memory()
+        receipt["peak_memory"] = peak()
         write_text(self.output / "README.md", model_card(receipt))
         workspace.finish(receipt)
         return receipt

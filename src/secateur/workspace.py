@@ -25,7 +25,7 @@ class Workspace:
         self.output = output
         self.state = output / STATE
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
-        self._existed = output.is_dir()
+        self._missing = [path for path in (output, *output.parents) if not path.exists()]
 
     def check(self, restart: bool) -> str:
         """What the directory is to this run: "fresh", "begun" or "finished". Writes nothing.
@@ -97,11 +97,10 @@ class Workspace:
 
     def abandon(self) -> None:
         """Leaves things as `check` found them, for a request that turned out wrong only after the start."""
-        shutil.rmtree(self.output) if not self._existed else self._empty()
-
-    def _empty(self) -> None:
         for path in self.output.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self._missing:
+            path.rmdir()
 
 
 def _plain(path: Path) -> dict[str, Any] | None:

@@ -1,15 +1,13 @@
 """What a model takes: bytes on disk, and the peak resident memory of a clean process that loads and runs it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
-from secateur.errors import RunError
 from secateur.network.locate import Place, locate
+from secateur.network.source import open_model
+from secateur.network.verify import CleanProcess
 
 
 class Memory(BaseModel):
@@ -47,23 +45,15 @@ def memory(spec: str | Path, *, tokens: int = 512, dtype: str = "float32", trust
     """Measures the peak resident memory of MODEL in a clean child process; see `Memory`.
 
     tokens: read at once, fewer if the model has fewer positions. The child computes with as many threads as this
-    process. Raises RunError with the child's last words when it fails.
+    process. Raises RunError with its reason when it fails.
     """
-    place = locate(str(spec))
-    request = {
-        "location": str(place.directory),
-        "gguf": place.file.name if place.file else None,
-        "tokens": tokens,
-        "dtype": dtype,
-        "threads": torch.get_num_threads(),
-        "trust_remote_code": trust_remote_code,
-    }
-    program = Path(__file__).with_name("memory_process.py")
-    # -P: the folder of the program stays off the import path, where `memory` or `speed` would shadow other modules.
-    command = [sys.executable, "-P", str(program), json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it was killed, probably for want of memory"])[-1]
-        raise RunError(f"The clean process that loads {spec} ended with code {done.returncode}: {last}")
-    answer = json.loads(done.stdout.strip().splitlines()[-1])
-    return Memory(peak=answer["peak"], baseline=answer["baseline"], tokens=answer["tokens"], dtype=dtype)
+    source = open_model(spec, trust_remote_code=trust_remote_code)
+    config = source.config.get_text_config()
+    count = min(tokens, getattr(config, "max_position_embeddings", None) or tokens)
+    ids = [[token % config.vocab_size for token in range(count)]]
+    file = source.place.file
+    with CleanProcess() as process:
+        answer = process.ask(
+            source.place.directory, ids, dtype=dtype, gguf=file and file.name, trust_remote_code=trust_remote_code
+        )
+    return Memory(peak=answer["peak"], baseline=answer["baseline"], tokens=count, dtype=dtype)

@@ -22,13 +22,6 @@ class _NoSecateur(MetaPathFinder):
         return
 
 
-sys.meta_path.insert(0, _NoSecateur())
-
-import torch  # noqa: E402 (after the guard, so that nothing can slip in before it)
-import transformers  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-
 def peak() -> int:
     """The highest resident memory of this process so far, in bytes."""
     status = Path("/proc/self/status")
@@ -40,7 +33,12 @@ def peak() -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
-def answer(request: dict) -> dict:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    # imported here, after main() has set the guard, so that nothing can slip in before it
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
     torch.set_num_threads(request["threads"])
     baseline = peak()
     options = {"gguf_file": request["gguf"]} if request.get("gguf") else {}
@@ -69,6 +67,7 @@ def answer(request: dict) -> dict:
 
 
 def main() -> None:
+    sys.meta_path.insert(0, _NoSecateur())
     for line in sys.stdin:
         try:
             result = answer(json.loads(line))

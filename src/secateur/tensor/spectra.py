@@ -87,29 +87,47 @@ def ks_distance(a: Tensor, b: Tensor) -> float:
 def count_below(matrix: Tensor, x: float, block: int = 256) -> int:
     """Returns how many eigenvalues of the symmetric matrix (n, n; lower triangle read) are below x.
 
-    Sylvester's law of inertia on L D Lᵀ of matrix - xI. Up to WIDE rows the factorisation is LAPACK's with
-    Bunch–Kaufman pivoting, whose 2x2 pivots have one negative eigenvalue each. Wider ones are factorised in blocks,
-    pivoting inside a block only, because LAPACK's runs far below the speed of a matrix product: a diagonal block that
-    happens to be nearly singular then costs digits, measured as at most two counts of 4096 (256 rows a block; with 128
-    it was ten), which is 5e-4 in F.
+    Sylvester's law of inertia on a factorisation of matrix - xI. Up to WIDE rows it is LAPACK's L D Lᵀ with
+    Bunch–Kaufman pivoting, whose 2x2 pivots have one negative eigenvalue each. LAPACK's runs far below the speed of a
+    matrix product, so wider ones are eliminated block by block, see _negatives_by_blocks.
     """
     shifted = matrix.clone()
     shifted.diagonal().sub_(x)
-    size = shifted.shape[0]
-    if size <= WIDE:
-        return _negatives(shifted)
-    count = 0
+    return _negatives(shifted) if len(shifted) <= WIDE else _negatives_by_blocks(shifted, block)
+
+
+def _negatives_by_blocks(matrix: Tensor, block: int, threshold: float = 0.01) -> int:
+    """Returns the number of negative eigenvalues of matrix (n, n; lower triangle read), which is overwritten.
+
+    A diagonal block D = V w Vᵀ is rotated to its eigenvectors and eliminated: its negative w count. Directions with
+    |w| below threshold·max|w| would divide by almost nothing and drown the rest in rounding (measured: 75 counts of
+    4096 wrong), so they are put off: they wait, coupled to all later columns, and are counted together at the end,
+    when they number a few per block.
+    """
+    size, count = len(matrix), 0
+    waiting = matrix.new_zeros(0, 0)  # the directions put off, among themselves (q, q)
+    coupling = matrix.new_zeros(0, size)  # and with the columns (q, n)
     for start in range(0, size, block):
         stop = min(start + block, size)
-        pivot = shifted[start:stop, start:stop]
-        count += _negatives(pivot)
-        below = shifted[stop:, start:stop]
-        lower = pivot.tril()
-        scaled = below @ torch.linalg.inv_ex(lower + lower.tril(-1).T).inverse
+        values, vectors = torch.linalg.eigh(matrix[start:stop, start:stop], UPLO="L")
+        good = values.abs() > threshold * values.abs().max()
+        count += int((values[good] < 0).sum())
+        below, across = matrix[stop:, start:stop] @ vectors, coupling[:, start:stop] @ vectors
+        eliminated, bad = below[:, good], ~good
+        scaled = eliminated / values[good]
         for top in range(stop, size, 1024):  # the lower blocks of the Schur complement, as in gram
             end = min(top + 1024, size)
-            shifted[top:end, stop:end].addmm_(scaled[top - stop : end - stop], below[: end - stop].T, alpha=-1)
-    return count
+            later = eliminated[: end - stop].T
+            matrix[top:end, stop:end].addmm_(scaled[top - stop : end - stop], later, alpha=-1)
+        reduced = across[:, good] / values[good]
+        coupling[:, stop:] -= reduced @ eliminated.T
+        waiting = waiting - reduced @ across[:, good].T
+        new = matrix.new_zeros(int(bad.sum()), size)
+        new[:, stop:] = below[:, bad].T
+        coupling = torch.cat([coupling, new])
+        side = across[:, bad]
+        waiting = torch.cat([torch.cat([waiting, side], 1), torch.cat([side.T, values[bad].diag()], 1)])
+    return count + int((torch.linalg.eigvalsh(waiting) < 0).sum())
 
 
 def _negatives(matrix: Tensor) -> int:

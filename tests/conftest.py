@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from secateur.network.verify import CleanProcess
 
 # one thread per worker: bytes are promised at an equal number of threads, and workers share the machine

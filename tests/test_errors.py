@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from command import Told, compress, secateur, snapshot
 from safetensors.torch import load_file, save_file
 
+import tiny
+from command import Told, compress, secateur, snapshot
 from secateur.registry import methods
 
 Make = Callable[..., Path]

@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import outcome
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+import outcome
 import secateur
+import tiny
 from secateur.network.verify import CleanProcess, prompt
 from secateur.registry import methods
 

@@ -11,9 +11,9 @@ import torch
 from secateur.context import Context
 from secateur.errors import RequestError, RunError
 from secateur.methods.structure.prunenet import prunenet
+from secateur.network.widths import round_width
 from secateur.registry import Plan
 from secateur.tensor.spectra import ks_distance, singular_values
-from secateur.network.widths import round_width
 
 
 @dataclass

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import command
-import outcome
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import command
+import outcome
 import secateur
 from secateur import registry
 from secateur.network.verify import CleanProcess

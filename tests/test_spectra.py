@@ -5,6 +5,7 @@ import torch
 from scipy.stats import ks_2samp
 
 from secateur.errors import RequestError
+from secateur.network.widths import round_width
 from secateur.tensor.spectra import (
     count_below,
     fast_dtype,
@@ -16,7 +17,6 @@ from secateur.tensor.spectra import (
     singular_values,
 )
 from secateur.tensor.spectral_distance import SpectralDistance
-from secateur.network.widths import round_width
 
 
 def layer(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

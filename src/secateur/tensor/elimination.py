@@ -19,18 +19,26 @@ def eliminate(
         keep: how many inputs stay.
         ridge: relative to each input's own energy, so that a few massive inputs do not decide how the rest is damped.
         group: inputs removed between two computations of the costs.
+            Ten and a hundred times as much is tried where it leaves the matrix indefinite.
         constant: the last input is a constant 1 (its column a bias): it is refitted, never removed, and not counted.
 
     Returns: sorted indices (keep,) of the inputs that stay, and the new columns (n, keep), or (n, keep + 1) with the bias.
+
+    Raises FloatingPointError when no ridge helps.
     """
     inputs = len(gram)
     # unit diagonal: an input a thousand times larger than the rest leaves the factorisation well conditioned
     energy = gram.diagonal().double()
     energy = energy.clamp_min(1e-12 * float(energy.mean()) + 1e-30)
-    scale = (energy * (1 + ridge)).rsqrt()
-    scaled = gram.double() * scale[:, None] * scale
-    scaled.fill_diagonal_(1)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled)).float()
+    for damping in (ridge, 10 * ridge, 100 * ridge):
+        scale = (energy * (1 + damping)).rsqrt()
+        scaled = gram.double() * scale[:, None] * scale
+        factor, failed = torch.linalg.cholesky_ex(scaled.fill_diagonal_(1))
+        if not failed:
+            break
+    else:
+        raise FloatingPointError(f"the second moment is not positive definite, even with a ridge of {100 * ridge:g}")
+    inverse = torch.cholesky_inverse(factor).float()
     columns = weight.float() / scale.float()
     alive = torch.ones(inputs, dtype=torch.bool)
     free = alive.clone()

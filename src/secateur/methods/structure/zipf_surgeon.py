@@ -15,6 +15,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from secateur.errors import RunError
 from secateur.network.widths import round_width
 from secateur.registry import Cut, Ratio, SyntheticGram, Units, method
 from secateur.tensor.elimination import eliminate
@@ -46,6 +47,13 @@ def zipf_surgeon(
         multiple_of: the kept width is rounded to a multiple of this where the ratio allows it.
     """
     width = round_width(units.count, ratio, multiple_of)
+    try:
+        return _solve(units, gram, width, ridge, group)
+    except FloatingPointError as error:
+        raise RunError(f"block {units.block}: {error}; use a larger ridge.") from error
+
+
+def _solve(units: Units, gram: SyntheticGram, width: int, ridge: float, group: int) -> Cut:
     if width == units.count:
         return Cut(torch.arange(width))
     bias = units.down_bias

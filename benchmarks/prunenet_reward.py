@@ -20,10 +20,10 @@ from secateur.context import Context
 from secateur.methods.structure.prunenet import prunenet
 from secateur.network.source import load, open_model
 from secateur.network.views import Network
+from secateur.network.widths import round_width
 from secateur.tensor.policy import StandardRows, gumbel_top_k
 from secateur.tensor.spectra import ks_distance, singular_values
 from secateur.tensor.spectral_distance import SpectralDistance
-from secateur.network.widths import round_width
 
 RATIO = 0.3
 STRENGTHS = (-1.0, -0.3, 0.3, 1.0, 3.0)

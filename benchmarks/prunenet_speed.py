@@ -1,7 +1,7 @@
 """PruneNet's training: ours against the plain published procedure, same layers, same episodes, in one run.
 
     python benchmarks/prunenet_speed.py --layer            # one layer of LLaMA-2-7B's shape, 1 episode
-    python benchmarks/prunenet_speed.py --model            # the whole SmolLM2-135M, 3 episodes
+    python benchmarks/prunenet_speed.py --model            # the whole SmolLM2-135M, 6 episodes
 
 The plain procedure is written from the paper's description: the policy as two linear maps with autograd, torch.svd with
 vectors of both matrices, a deep copy of the model each episode, the rows of gate, up and down sliced, a fresh forward
@@ -121,6 +121,6 @@ if __name__ == "__main__":
     parser.add_argument("--episodes", type=int)
     options = parser.parse_args()
     if options.model or not options.layer:
-        whole_model(options.episodes or 3)
+        whole_model(options.episodes or 6)
     if options.layer or not options.model:
         one_layer(options.episodes or 1)

@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,9 @@ def clean() -> Iterator[CleanProcess]:
     """A process without Secateur that loads one result after another."""
     with CleanProcess() as process:
         yield process
+
+
+@pytest.fixture
+def shared_clean(clean: CleanProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands check their results in the session's clean process too, instead of starting one each."""
+    monkeypatch.setattr("secateur.network.verify.CleanProcess", lambda: nullcontext(clean))

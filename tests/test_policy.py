@@ -162,8 +162,8 @@ def test_stable_learner_finds_the_rows_that_pay() -> None:
     good = (standardise(weight) @ torch.randn(16, generator=generator(9))).argsort()[32:]
     learner, stream = StableLearner(16, 0.05), generator(10)
     for _ in range(60):
-        drawn = {index: learner.draw(weight, 32, stream) for index in range(4)}
-        rewards = {index: torch.isin(kept, good).float().mean().item() for index, (kept, _) in drawn.items()}
-        learner.update(rewards, {index: direction for index, (_, direction) in drawn.items()}, 0.99)
+        drawn = [learner.draw(weight, 32, stream) for _ in range(4)]
+        rewards = [torch.isin(kept, good).float().mean().item() for kept, _ in drawn]
+        learner.update({index: (rewards[index], drawn[index][1]) for index in range(4)}, 0.99)
     policy, _ = learner.result()
     assert torch.isin(top_k(policy.scores(weight), 32), good).float().mean() > 0.8  # 0.5 is chance

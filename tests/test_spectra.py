@@ -14,6 +14,7 @@ from secateur.tensor.spectra import (
     ks_distance,
     ks_distance_at,
     ks_nodes,
+    single_suffices,
     singular_values,
 )
 from secateur.tensor.spectral_distance import SpectralDistance
@@ -125,6 +126,19 @@ def test_distance_at_the_nodes_is_exact_there_and_a_lower_bound_elsewhere() -> N
         gaps.append(exact - fast)
     assert gaps[0] == pytest.approx(0, abs=1e-12)  # the selection that the nodes were chosen on
     assert sum(gaps) / len(gaps) < 0.02
+
+
+def test_an_outlying_direction_is_measured_in_float64() -> None:
+    """The common direction is 3000 times the rest: its square drowns theirs in float32."""
+    weight = layer(300, 80)
+    assert single_suffices(singular_values(weight))
+    outlying = (weight + 3000 * torch.randn(300, 1) @ torch.randn(1, 80)).double()
+    assert not single_suffices(singular_values(outlying))
+    distance, whole = SpectralDistance(1), torch.linalg.svdvals(outlying)
+    for seed in range(5):
+        kept = selection(300, 210, seed)
+        expected = ks_2samp(whole.numpy(), torch.linalg.svdvals(outlying[kept]).numpy()).statistic
+        assert distance(0, outlying, kept) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(300, 80), (100, 80)])  # the second keeps fewer rows than columns

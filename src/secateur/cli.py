@@ -199,7 +199,7 @@ def _size(text: str | None) -> int | None:
         return None
     try:
         return parse_size(text)
-    except (ValueError, KeyError):
+    except ValueError:
         raise RequestError(f"--max-memory {text} is not a size; write it like 8GB or 512MB.") from None
 
 

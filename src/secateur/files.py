@@ -136,12 +136,9 @@ def human(size: float) -> str:
 
 def parse_size(text: str) -> int:
     """'3GB', '512 MB', '2GiB' or a plain number -> bytes. Raises ValueError for anything else."""
-    units = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-    cleaned = text.strip().lower().replace(" ", "")
-    binary = cleaned.endswith("ib")
-    cleaned = cleaned.removesuffix("ib" if binary else "b")
-    number, unit = (cleaned[:-1], cleaned[-1]) if cleaned and cleaned[-1] in units else (cleaned, "")
-    factor = 1024 ** ("kmgt".index(unit) + 1) if binary and unit else units[unit]
-    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", number):
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) *(?:([kmgt])(i?))?b?", text.strip().lower())
+    if not found:
         raise ValueError(f"{text!r} is not a size")
+    number, unit, binary = found.groups()
+    factor = (1024 if binary else 1000) ** ("kmgt".index(unit) + 1) if unit else 1
     return int(float(number) * factor)

@@ -22,7 +22,19 @@ from secateur.context import Context
 from secateur.errors import RequestError, suggest
 from secateur.network.views import Cut, Network, Plan, Units
 
-__all__ = ["Context", "Cut", "Method", "Network", "Plan", "Ratio", "SyntheticGram", "Units", "find", "method", "methods"]
+__all__ = [
+    "Context",
+    "Cut",
+    "Method",
+    "Network",
+    "Plan",
+    "Ratio",
+    "SyntheticGram",
+    "Units",
+    "find",
+    "method",
+    "methods",
+]
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 """Fraction of the units removed, 0 ≤ ratio < 1."""

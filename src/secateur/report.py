@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from secateur.context import Progress, silent
 from secateur.errors import SecateurError
 from secateur.evaluation import ResultCard, evaluate, render
 from secateur.files import human
@@ -18,7 +19,9 @@ from secateur.recipe import Evaluate
 from secateur.registry import find
 
 
-def measure(original: Source, result: Source, wanted: Evaluate | bool, max_memory: int) -> dict[str, Any] | None:
+def measure(
+    original: Source, result: Source, wanted: Evaluate | bool, max_memory: int, progress: Progress = silent
+) -> dict[str, Any] | None:
     """The result card of a finished run beside its source; None where nothing is to be measured or it does not fit.
 
     A failure here does not undo a run that is done: it is told in the place of the card.
@@ -37,6 +40,7 @@ def measure(original: Source, result: Source, wanted: Evaluate | bool, max_memor
             window=options.window,
             windows=options.windows,
             trust_remote_code=original.trust_remote_code,
+            progress=progress,
         )
     except SecateurError as error:
         return {"skipped": str(error)}
@@ -82,10 +86,15 @@ def show(receipt: Mapping[str, Any], output: Path, console: Console) -> None:
 
 
 def _brief(value: Any) -> str:
+    """A note's value in a line: long lists of numbers by their range, histories by their first and last entry."""
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_brief(entry)}" for name, entry in value.items())
+    if isinstance(value, list) and len(value) > 4 and all(isinstance(entry, int | float) for entry in value):
+        return f"{min(value):.4g} to {max(value):.4g}, mean {sum(value) / len(value):.4g}"
     if isinstance(value, list):
-        return f"{_brief(value[0])} … {_brief(value[-1])}" if len(value) > 4 else ", ".join(map(_brief, value))
+        return f"{_brief(value[0])} → {_brief(value[-1])}" if len(value) > 4 else "; ".join(map(_brief, value))
     return str(value)
 
 
@@ -115,7 +124,8 @@ def model_card(receipt: Mapping[str, Any]) -> str:
     card = receipt.get("card")
     if card and "skipped" not in card:
         console = Console(record=True, width=110, file=io.StringIO())
-        console.print(render(ResultCard.from_dict(card)))
+        # the directory's name on this machine is nobody else's business
+        console.print(render(ResultCard.from_dict({**card, "model": {**card["model"], "name": "this model"}})))
         parts += ["## Measured", f"```\n{console.export_text().rstrip()}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 

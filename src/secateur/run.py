@@ -329,8 +329,11 @@ class _Run:
         started: float,
     ) -> dict[str, Any]:
         begun = time.time()
-        result = open_model(self.output, trust_remote_code=self.trust_remote_code)
-        checked = verify(result, stages[-1].expected(), self.max_memory, self.clean)
+        try:
+            result = open_model(self.output, trust_remote_code=self.trust_remote_code)
+            checked = verify(result, stages[-1].expected(), self.max_memory, self.clean)
+        except RequestError as error:  # what was asked for was right, what was written is not
+            raise RunError(f"the result does not open again: {error} Start again with --restart.") from error
         timings["reload check"] = time.time() - begun
         begun = time.time()
         decisions = [
@@ -356,7 +359,9 @@ class _Run:
             "versions": {name: version(name) for name in ("secateur", "torch", "transformers", "safetensors")}
             | {"python": platform.python_version()},
         }  # fmt: skip
-        receipt["card"] = measure(source, result, self.recipe.evaluate if self.evaluate else False, self.max_memory)
+        receipt["card"] = measure(
+            source, result, self.recipe.evaluate if self.evaluate else False, self.max_memory, self.progress
+        )
         timings["measuring"] = time.time() - begun
         receipt["timings"] = {**{name: round(value, 3) for name, value in timings.items()}}
         receipt["seconds"] = round(time.time() - started, 3)

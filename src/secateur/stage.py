@@ -153,8 +153,8 @@ class Stage:
             for name, parameter in inspect.signature(registered.function).parameters.items()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }
-        with torch.no_grad():
-            return registered.function(**given, **parameters)
+        # gradients stay possible: weights come without them, and a method that learns takes its own
+        return registered.function(**given, **parameters)
 
     def _grams(self, scope: Any) -> SyntheticGram:
         return self.grams.get(scope.block) or SyntheticGram.read(self.state / "grams" / f"{scope.block}.safetensors")

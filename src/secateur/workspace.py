@@ -37,7 +37,9 @@ class Workspace:
         if not self.output.exists() or not any(self.output.iterdir()):
             return "fresh"
         receipt, begun = _plain(self.output / RECEIPT), _plain(self.state / "run.json")
-        if receipt is not None and "recipe" in receipt and "identity" in receipt:
+        if begun is not None and _RESTARTING in begun:
+            found, what = begun, "begun"  # whatever else is there was to be cleared away
+        elif receipt is not None and "recipe" in receipt and "identity" in receipt:
             found, what = receipt["identity"], "finished"
         elif begun is not None and "steps" in begun:
             found, what = begun, "begun"

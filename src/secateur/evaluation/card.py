@@ -11,7 +11,7 @@ from secateur.evaluation.divergence import Divergence
 from secateur.evaluation.memory import Memory
 from secateur.evaluation.perplexity import Perplexity
 from secateur.evaluation.speed import Pace, Speed
-from secateur.files import write_text
+from secateur.files import human, write_text
 
 
 class Column(BaseModel):
@@ -83,9 +83,11 @@ def findings(card: ResultCard) -> tuple[str, ...]:
     if model.parameters >= reference.parameters:
         said.append(f"The result has no fewer parameters than the reference ({model.parameters:,}).")
     if model.disk_format != reference.disk_format and None not in (model.disk_format, reference.disk_format):
+        assert model.bytes_on_disk is not None
+        alike = model.bytes_on_disk / model.parameters * reference.parameters
         said.append(
             f"Bytes on disk are not like with like: the reference is stored as {reference.disk_format}, the result as "
-            f"{model.disk_format}."
+            f"{model.disk_format}; stored as the result is, the reference would take about {human(alike)}."
         )
     if card.speed is not None:
         said += [

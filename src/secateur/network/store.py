@@ -114,11 +114,13 @@ def _shapes(source: Source, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]
     except Exception as error:  # whatever an architecture does with a value it was not made for: not this entry
         logger.debug("config entry refused: %s", error)
         return None
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def _wanted_shapes(source: Source, widths: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
-    shapes = {name: list(parameter.shape) for name, parameter in source.skeleton.named_parameters()}
+    # every name, because a live module shares tied parameters and an empty one may not
+    named = source.skeleton.named_parameters(remove_duplicate=False)
+    shapes = {name: list(parameter.shape) for name, parameter in named}
     for block in source.anatomy.blocks:
         if block.feed_forward:
             for part in block.feed_forward.slices:

@@ -66,7 +66,7 @@ def streamed_logits(model: nn.Module, anatomy: Anatomy, fetch: Fetch, ids: Tenso
         return model(input_ids=ids, use_cache=False).logits
 
 
-class _SeenEnough(Exception):
+class _SeenEnough(Exception):  # noqa: N818 (a signal, not an error)
     """Ends a forward pass once every watched module was reached; the head is never computed."""
 
 

@@ -42,18 +42,18 @@ class StableLearner:
         order = gumbel_top_k(z, count, generator)
         return order.sort().values, rows.pull(drawn_direction(z, order)) * self._scale
 
-    def update(self, rewards: dict[int, float], directions: dict[int, Tensor], discount: float) -> None:
-        """Takes one step for each layer in order. rewards, directions: by layer, of one episode.
+    def update(self, earned: dict[int, tuple[float, Tensor]], discount: float) -> None:
+        """Takes one step for each layer in order. earned: {layer: (reward, direction that draw returned)} of an episode.
 
         A layer's advantage is its reward minus its running mean (layers differ far more than selections do), brought
         to root mean square 1 over the episode. The first episode only sets the means.
         """
-        advantages = {layer: reward - self._baselines.get(layer, reward) for layer, reward in rewards.items()}
+        advantages = {layer: reward - self._baselines.get(layer, reward) for layer, (reward, _) in earned.items()}
         size = (sum(advantage**2 for advantage in advantages.values()) / len(advantages)) ** 0.5
-        for layer, advantage in advantages.items():
-            self._baselines[layer] = rewards[layer] - (1 - BASELINE_RATE) * advantage
+        for layer, (reward, direction) in earned.items():
+            self._baselines[layer] = reward - (1 - BASELINE_RATE) * advantages[layer]
             if size > 0:
-                self._v["v"].grad = directions[layer] * -(discount**layer * advantage / size)
+                self._v["v"].grad = direction * -(discount**layer * advantages[layer] / size)
                 self._optimizer.step()
 
     def result(self) -> tuple[Policy, dict[str, Tensor]]:

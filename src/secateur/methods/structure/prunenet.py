@@ -149,16 +149,15 @@ def _train(task: _Task, learner: StableLearner | PublishedLearner, episodes: int
                 weight, generator = task.network[layer].first, context.generator("sample", episode, layer)
                 kept, told = _finite(layer, learner.draw, weight, task.widths[layer], generator)
                 mine[layer] = (task.distance(layer, weight, kept), kept, told), task.distance.facts(layer)
-            results: Results = {}
-            for layer, (result, facts) in context.gather(mine).items():
-                results[layer] = result
-                task.distance.learn(layer, facts)
-            rewards = {layer: 1 / ks if ks > 0 else 99999.0 for layer, (ks, _, _) in results.items()}
+            shared = context.gather(mine)
+            results: Results = {layer: result for layer, (result, _) in shared.items()}
+            task.distance.learn({layer: facts for layer, (_, facts) in shared.items()})
             entry = {"ks": sum(ks for ks, _, _ in results.values()) / len(results)}
             if isinstance(learner, StableLearner):
-                learner.update(rewards, {layer: told for layer, (_, _, told) in results.items()}, task.discount)
+                earned = {layer: (_reward(ks), told) for layer, (ks, _, told) in results.items()}
+                learner.update(earned, task.discount)
             else:
-                entry["skipped"] = _update_published(task, learner, episode, results, rewards)
+                entry["skipped"] = _update_published(task, learner, episode, results)
             history.append(entry)
             tensors, meta = learner.state()
             context.save("training", tensors | task.distance.state(), {"history": history, "learner": meta})
@@ -168,29 +167,30 @@ def _train(task: _Task, learner: StableLearner | PublishedLearner, episodes: int
         skipped, updates = int(sum(entry["skipped"] for entry in history)), len(history) * len(task.cut)
         context.note("skipped updates", f"{skipped} of {updates}: gradient not finite")
         if skipped == updates:
-            raise RunError(
-                "every update of the published procedure had a non-finite gradient (its logits saturate), so nothing "
-                "was learned; use mode=stable, or another seed."
-            )
+            raise RunError("no update had a finite gradient: the published logits saturate; use mode=stable.")
     context.note("training", history)
-    context.artifact("policy", tensors, {"hidden": len(policy.v), "standardised": policy.standardised})
+    mode, units = "stable" if policy.standardised else "reference", task.network[task.cut[0]].count
+    meta = {"mode": mode, "hidden": len(policy.v), "units": units, "standardised": policy.standardised}
+    context.artifact("policy", tensors, meta)
     return policy
 
 
-def _update_published(
-    task: _Task, learner: PublishedLearner, episode: int, results: Results, rewards: dict[int, float]
-) -> int:
+def _update_published(task: _Task, learner: PublishedLearner, episode: int, results: Results) -> int:
     """One AdamW step a layer, with a fresh forward; the layer's owner computes its gradient. Returns steps skipped."""
     context, skipped = task.context, 0
     for position, layer in enumerate(task.cut):
         message = torch.empty(task.network[layer].hidden + 1)
         if context.owner(position) == context.rank:
-            discounted = task.discount**layer * rewards[layer]
-            generator = context.generator("update", episode, layer)
-            message = learner.message(task.network[layer].first, results[layer][1], discounted, generator)
+            (ks, kept, _), generator = results[layer], context.generator("update", episode, layer)
+            discounted = task.discount**layer * _reward(ks)
+            message = learner.message(task.network[layer].first, kept, discounted, generator)
         skipped += not learner.step(context.broadcast(message, context.owner(position)))
-    learner.remember(sum(rewards.values()))
+    learner.remember(sum(_reward(ks) for ks, _, _ in results.values()))
     return skipped
+
+
+def _reward(ks: float) -> float:
+    return 1 / ks if ks > 0 else 99999.0
 
 
 def _finite(layer: int, function: Callable, *arguments: Any) -> Any:
@@ -209,8 +209,5 @@ def _read_policy(path: Path, hidden: int) -> Policy:
     except Exception as error:
         raise RequestError(f"{path} is not a policy that Secateur wrote (policy.safetensors): {error}.") from error
     if len(found.v) != hidden:
-        raise RequestError(
-            f"the policy {path.name} is for hidden size {len(found.v)}, but the network has {hidden}; "
-            "a policy serves any ratio and width, but one hidden size only."
-        )
+        raise RequestError(f"the policy {path.name} is for hidden size {len(found.v)}, but the network has {hidden}.")
     return found

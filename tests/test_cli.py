@@ -1,0 +1,167 @@
+"""The command line: what it prints, and what it does not do."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import gguf_file
+import outcome
+import tiny
+from command import compress, secateur, snapshot
+from secateur import registry, run
+from secateur.network.source import open_model
+
+Make = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("shared_clean")
+
+
+def _forecast(said: str) -> dict[str, str]:
+    return {key: value for line in said.splitlines() for key, _, value in [line.partition(": ")]}
+
+
+def test_a_dry_run_writes_nothing_and_says_so(model: Make, tmp_path: Path) -> None:
+    before = snapshot(tmp_path)
+    told = compress(model("llama"), tmp_path / "out", "--dry-run", "--set", "ratio=0.4")
+    assert told.code == 0 and told.err == ""
+    assert snapshot(tmp_path) == before
+    said = _forecast(told.out)
+    assert said["would cut"] == "feed-forward neurons 160 → 96 in 3 blocks"
+    assert str(tmp_path / "out") in said["would write"]
+    assert {"disk needed", "memory needed", "time"} <= said.keys()
+    assert told.out.rstrip().endswith("nothing was written.")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {}),
+        ("llama_tied", {}),
+        ("gpt2", {}),
+        ("phi3", {"dtype": torch.bfloat16}),
+        ("opt", {"shard_size": "300KB"}),
+    ],
+)
+@pytest.mark.parametrize("arguments", [{}, {"dtype": "float16"}])
+def test_the_numbers_of_a_dry_run_are_right(
+    name: str, options: dict, arguments: dict, model: Make, tmp_path: Path
+) -> None:
+    recipe = run.Recipe.parse({"steps": [{"random_units": {"ratio": 0.2}}, {"magnitude_units": {"ratio": 0.25}}]})
+    given = {"recipe": recipe, "output": tmp_path / "out", **arguments}
+    said = run.dry_run(model(name, **options), **given)
+    run.compress(model(name, **options), evaluate=False, **given)
+    result = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert said["parameters"] == outcome.parameters(tiny.make(name))
+    assert said["parameters_after"] == outcome.parameters(result)
+    assert set(map(str, said["widths"].values())) == {"{'kept': 96, 'of': 160}"}
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    tensors = [tensor for file in files for tensor in load_file(file).values()]
+    assert said["bytes_written"] == sum(tensor.nbytes for tensor in tensors)
+    headers = sum(file.stat().st_size for file in files) - said["bytes_written"]
+    assert headers < 200 * len(tensors), "what files hold beside the weights is nothing in a model of real size"
+
+
+def test_a_dry_run_of_what_must_be_converted(tmp_path: Path) -> None:
+    gguf_file.write(tmp_path / "small.gguf")
+    before = snapshot(tmp_path)
+    told = compress(tmp_path / "small.gguf", tmp_path / "out", "--dry-run")
+    assert told.code == 0, told.err
+    assert "not known before" in told.out and snapshot(tmp_path) == before
+    said = run.dry_run(
+        tmp_path / "small.gguf", recipe=run.Recipe.parse({"steps": ["random_units"]}), output=tmp_path / "o"
+    )
+    run.compress(tmp_path / "small.gguf", "random_units", output=tmp_path / "out", evaluate=False)
+    tensors = [t for file in (tmp_path / "out").glob("*.safetensors") for t in load_file(file).values()]
+    assert said["bytes_written"] == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_a_dry_run_with_one_ratio_for_each_layer(model: Make, tmp_path: Path) -> None:
+    settings = ("--set", "ratios=[0.2, 0.2, 0.2]", "--set", "episodes=1", "--dry-run")
+    told = compress(model("llama"), tmp_path / "out", *settings, method="prunenet")
+    assert told.code == 0, told.err
+    assert "160 → 128" in told.out
+
+
+@pytest.mark.parametrize("state", ["foreign", "another run's"])
+def test_a_dry_run_refuses_what_the_run_would_refuse(state: str, model: Make, tmp_path: Path) -> None:
+    if state == "foreign":
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").touch()
+    else:
+        compress(model("llama"), tmp_path / "out", "--seed", 3)
+    told = compress(model("llama"), tmp_path / "out", "--dry-run")
+    assert told.code == 2 and str(tmp_path / "out") in told.err
+
+
+def test_what_a_run_prints(model: Make, tmp_path: Path) -> None:
+    arguments = ("compress", model("llama"), "--method", "random_units", "--no-evaluate", "--output")
+    told = secateur(*arguments, tmp_path / "one")
+    assert told.code == 0
+    assert "128 of 160 in each of 3 blocks, 20.0% removed" in told.out
+    assert "reload check: loaded by plain transformers in a clean process" in told.out
+    assert str(tmp_path / "one") in told.out
+    assert [line for line in told.err.splitlines() if not line.startswith(("WARNING", "INFO"))] == [
+        "reading …", "writing …",
+    ]  # fmt: skip
+    assert secateur(*arguments, tmp_path / "two", "--quiet").err == ""
+
+
+def test_what_a_run_measures(model: Make, tmp_path: Path) -> None:
+    """The card of a whole run, on a text of one's own."""
+    (tmp_path / "text.txt").write_text("there and back again, and there once more. " * 40)
+    (tmp_path / "recipe.yaml").write_text(
+        f"steps: [random_units]\nevaluate: {{text: {tmp_path / 'text.txt'}, window: 64, windows: 2}}\n"
+    )
+    told = secateur(
+        "compress", model("llama"), "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "out", "--quiet"
+    )
+    assert told.code == 0, told.err
+    assert "perplexity" in told.out and "not measured" not in told.out
+    card = json.loads((tmp_path / "out" / "secateur.json").read_text())["card"]
+    assert "skipped" not in card
+    assert "perplexity" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral", "mamba"])
+def test_inspect(name: str, model: Make) -> None:
+    said = json.loads(secateur("inspect", model(name), "--json").out)
+    source = open_model(model(name))
+    assert said["class"] == type(source.skeleton).__name__ and len(said["blocks"]) == tiny.BLOCKS
+    assert said["parameters"] == outcome.parameters(tiny.make(name))
+    assert said["stored_bytes"] == {"float32": source.bytes}
+    if name == "llama":
+        inner = said["blocks"][1]["feed_forward"]
+        assert inner["units"] == tiny.UNITS and inner["down"]["parameter"] == "model.layers.1.mlp.down_proj.weight"
+    table = secateur("inspect", model(name)).out
+    assert "0–2" in table and said["blocks"][0]["kind"] in table
+
+
+def test_methods() -> None:
+    cards = json.loads(secateur("methods", "--json").out)
+    assert [card["name"] for card in cards] == list(registry.methods())
+    one = json.loads(secateur("methods", "prunenet", "--json").out)
+    assert one in cards and one["paper"] == "arXiv:2501.15296" and one["decides"] == "learned"
+    assert one["parameters"]["ratio"]["default"] == 0.2
+    listed, shown = secateur("methods").out, secateur("methods", "prunenet").out
+    assert all(card["name"] in listed for card in cards)
+    assert all(parameter in shown for parameter in one["parameters"])
+
+
+def test_log_level(model: Make) -> None:
+    told = secateur("inspect", model("llama"), "--log-level", "loud")
+    assert told.code == 2 and told.err == "error: --log-level is debug, info, warning or error.\n"
+    assert secateur("inspect", model("llama"), "--log-level", "ERROR").code == 0
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    """Started as people start it: exit code, one line, no traceback."""
+    command = [sys.executable, "-m", "secateur", "inspect", str(tmp_path / "nowhere")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.count("\n") == 1 and "nowhere" in ended.stderr

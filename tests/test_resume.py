@@ -62,7 +62,7 @@ def undisturbed(run: Callable[..., secateur.Result], tmp_path_factory: pytest.Te
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.every if name in ("published", "two steps") else ()) for name in RUNS]
+    "name", [pytest.param(name, marks=() if name == "random_units" else pytest.mark.every) for name in RUNS]
 )
 def test_a_kill_at_each_rename(
     name: str, run: Callable, undisturbed: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,9 +10,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from common import compress, random_checkpoint, show
 from transformers import LlamaConfig
 
+from common import compress, random_checkpoint, show
 from secateur.files import human
 
 LLAMA_2_7B = {

@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from common import SMOLLM2, show
 
 import secateur
+from common import SMOLLM2, show
 from secateur.evaluation import compare, read_text, tokenize
 from secateur.network.source import load, open_model
 from secateur.tensor.spectra import ks_distance, singular_values

@@ -8,9 +8,9 @@ Random checkpoints, PruneNet with 5 episodes at ratio 0.2, one process each; the
 import tempfile
 from pathlib import Path
 
-from common import compress, random_checkpoint, show
 from transformers import LlamaConfig
 
+from common import compress, random_checkpoint, show
 from secateur.files import human
 
 SHAPES = [(1024, 4096, layers) for layers in (4, 8, 16, 32)] + [(512, 2048, 8), (2048, 8192, 8)]

@@ -9,9 +9,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from common import SMOLLM2, show
-
 import secateur
+from common import SMOLLM2, show
 
 
 def main() -> None:

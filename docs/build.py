@@ -1,6 +1,6 @@
 """Writes docs/methods.md from the registry: nothing is listed twice.
 
-    python docs/build.py
+python docs/build.py
 """
 
 import json

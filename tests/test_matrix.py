@@ -34,13 +34,24 @@ def _cases() -> list:
 
 def _run(method: str, source: Path, output: Path, clean: CleanProcess) -> None:
     secateur.compress(
-        source, method, {"ratio": 0.2, **QUICK.get(method, {})}, output=output, evaluate=False, shard_bytes=1, clean=clean
+        source,
+        method,
+        {"ratio": 0.2, **QUICK.get(method, {})},
+        output=output,
+        evaluate=False,
+        shard_bytes=1,
+        clean=clean,
     )
 
 
 @pytest.mark.parametrize(("method", "name"), _cases())
 def test_every_method_on_every_architecture(
-    method: str, name: str, model: Callable[..., Path], clean: CleanProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    name: str,
+    model: Callable[..., Path],
+    clean: CleanProcess,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source, first, second, killed = model(name), tmp_path / "first", tmp_path / "second", tmp_path / "killed"
     before = outcome.promised(source)

@@ -1,6 +1,7 @@
 """The output directory while a run is under way: whose it is, what is finished, what it needs."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,10 @@ from secateur.files import append_line, write_json
 RECEIPT = "secateur.json"
 STATE = ".secateur"
 _RESTARTING = "restarting"
+# What a run writes under names of its own; tokenizer and other companions are listed in the receipt.
+_OURS = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|README\.md|secateur(\.json)?|.*\.partial"
+)
 
 
 class Workspace:
@@ -82,19 +87,25 @@ class Workspace:
         barrier()
 
     def _clear(self, record: Path) -> None:
-        """Removes everything; killed half way, the directory still says that it is ours and to be cleared."""
+        """Removes what a run wrote, and nothing that a person added since.
+
+        Killed half way, the directory still says that it is ours and to be cleared.
+        """
         if not self.output.is_dir() or not any(self.output.iterdir()):
             return
+        listed = set((_plain(self.output / RECEIPT) or {}).get("files", ()))
         write_json(record, {**self.identity, _RESTARTING: True})
-        for folder, spared in ((self.output, self.state), (self.state, record)):
-            for path in folder.iterdir():
-                if path != spared:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        ours = [path for path in self.output.iterdir() if path.name in listed or _OURS.fullmatch(path.name)]
+        # the receipt goes last of these, because it says which files were ours
+        ours.sort(key=lambda path: path.name == RECEIPT)
+        for path in [*ours, *(path for path in self.state.iterdir() if path != record)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         record.unlink()
 
     def finish(self, receipt: Mapping[str, Any]) -> None:
         """Writes the receipt, then removes the state: from here on the directory is a plain model."""
-        write_json(self.output / RECEIPT, {**receipt, "identity": self.identity})
+        files = sorted({path.name for path in self.output.iterdir()} - {STATE, RECEIPT})
+        write_json(self.output / RECEIPT, {**receipt, "files": files, "identity": self.identity})
         shutil.rmtree(self.state)
 
     def abandon(self) -> None:

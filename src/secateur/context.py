@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,6 +146,21 @@ class Context:
     def owner(self, index: int) -> int:
         """The process that `mine` gives piece `index` to."""
         return index % self.world
+
+    def each(self, work: Callable[[int], Any], pieces: Iterable[int], small: bool = False) -> dict[int, Any]:
+        """{piece: work(piece)}, which must not depend on each other. `small`: each is computed on one thread, and as many
+        at once as there are threads; small matrices gain little from several threads, several of them gain all.
+        """
+        threads = torch.get_num_threads()
+        if not small or threads == 1:
+            return {piece: work(piece) for piece in pieces}
+        pieces = list(pieces)
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                return dict(zip(pieces, pool.map(work, pieces), strict=True))
+        finally:
+            # the number is kept for each thread, but MKL's for all
+            torch.set_num_threads(threads)
 
     def gather(self, results: Mapping[int, Any]) -> dict[int, Any]:
         """Every process's results by piece of work, in order: the same in every process."""

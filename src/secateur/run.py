@@ -123,13 +123,16 @@ def dry_run(
     if not source.tensors:
         said["time"] = "not known before the weights are converted"
         return said
-    begun = time.time()
     first = next(block.index for block in source.anatomy.blocks if block.feed_forward)
     step = plan.steps[0]
     if step.parameters.get("ratios"):  # one for each layer, of which one is tried
         step = step.model_copy(update={"parameters": {**step.parameters, "ratios": step.parameters["ratios"][:1]}})
-    Stage(source, step, 0, plan.seed, Path(output), Path(output), device=device).cuts_in_memory([first])
-    method = (time.time() - begun) * sum(block.feed_forward is not None for block in source.anatomy.blocks)
+    stage = Stage(source, step, 0, plan.seed, Path(output), Path(output), device=device)
+    begun = time.time()
+    stage.collect_in_memory()
+    once, begun = time.time() - begun, time.time()
+    stage.cuts_in_memory([first])
+    method = once + (time.time() - begun) * sum(block.feed_forward is not None for block in source.anatomy.blocks)
     begun = time.time()
     keys = [source.keys[name] for name in source.anatomy.blocks[first].parameters]
     # summed, so that what is mapped from the file is really read

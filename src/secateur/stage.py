@@ -94,14 +94,18 @@ class Stage:
             cuts = dict(self._call(Network(self.source, self.device, blocks), context).cuts)
             for index, cut in cuts.items():
                 self._check_cut(index, cut)
-        if SyntheticGram in self.step.registered.needs.values():
-            synthetic_grams(self.source, context.generator("zipf"), self.grams.__setitem__)
+        self.collect_in_memory()
         for block in layers if self.step.registered.scope == "units" else []:
             assert block.feed_forward is not None
             cuts[block.index] = self._call(Units(self.source, block.index, block.feed_forward, self.device), context)
             self._check_cut(block.index, cuts[block.index])
         self.notes, self.warnings = context.notes, context.warnings
         return cuts
+
+    def collect_in_memory(self) -> None:
+        """The statistics that the method asks for, if any; once."""
+        if SyntheticGram in self.step.registered.needs.values() and not self.grams:
+            synthetic_grams(self.source, Context(self.seed, self.index).generator("zipf"), self.grams.__setitem__)
 
     def widths(self) -> dict[int, int]:
         """Units kept in each block, as they were written."""

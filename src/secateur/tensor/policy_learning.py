@@ -81,26 +81,30 @@ class PublishedLearner:
         self._optimizer = torch.optim.AdamW(self._named.values(), lr=learning_rate, fused=True)
         self._best = {name: tensor.clone() for name, tensor in self._named.items()}
         self._best_score = 0.0
+        self._collapsed = self._full.collapse()
 
     def draw(self, weight: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Returns `count` sorted rows of weight (m, h), and nothing more that is needed (an empty tensor)."""
-        return published_draw(self._full.collapse().scores(weight), count, generator), torch.empty(0)
+        return published_draw(self._collapsed.scores(weight), count, generator), torch.empty(0)
 
     def message(self, weight: Tensor, kept: Tensor, reward: float, generator: torch.Generator) -> Tensor:
         """Returns all that the gradients of A, b, r depend on, Wᵀδ and Σδ, as one tensor (h + 1,); fresh forward."""
-        z = self._full.collapse().scores(weight)
+        z = self._collapsed.scores(weight)
         _, delta = published_loss(z, uniform(len(z), generator), kept, reward)
         return torch.cat([weight.T @ delta, delta.sum()[None]])
 
     def step(self, message: Tensor) -> bool:
         """Takes an AdamW step; returns False and changes nothing where a gradient is not finite."""
         gradients = self._full.gradients(message[:-1], message[-1])
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+        # that of A is an outer product: its largest entry is the product of the largest, found without reading it all
+        largest = self._full.r.abs().max() * message[:-1].abs().max()
+        if not all(bool(part.isfinite().all()) for part in (largest, gradients["b"], gradients["r"])):
             return False
         for name, parameter in self._named.items():
             parameter.grad = gradients[name]
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._collapsed = self._full.collapse()
         return True
 
     def remember(self, score: float) -> None:
@@ -120,6 +124,7 @@ class PublishedLearner:
 
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         _restore(self._optimizer, self._named, tensors)
+        self._collapsed = self._full.collapse()
         self._best = {name: tensors[f"best.{name}"] for name in self._named}
         self._best_score = meta["best"]
 

@@ -33,6 +33,7 @@ from secateur.network.widths import round_width
 from secateur.registry import Context, Cut, Network, Plan, Ratio, method
 from secateur.tensor.policy import Policy, published_draw, top_k
 from secateur.tensor.policy_learning import PublishedLearner, StableLearner
+from secateur.tensor.spectra import WIDE
 from secateur.tensor.spectral_distance import SpectralDistance
 
 Episodes = Annotated[int, Field(ge=0)]
@@ -143,13 +144,14 @@ def _train(task: _Task, learner: StableLearner | PublishedLearner, episodes: int
     with context.progress("training the policy", episodes) as bar:
         bar.advance(len(history))
         for episode in range(len(history), episodes):
-            mine = {}
-            for position in context.mine(len(task.cut)):
-                layer = task.cut[position]
+
+            def sample(layer: int, episode: int = episode) -> tuple[tuple[float, Tensor, Tensor], dict[str, Tensor]]:
                 weight, generator = task.network[layer].first, context.generator("sample", episode, layer)
                 kept, told = _finite(layer, learner.draw, weight, task.widths[layer], generator)
-                mine[layer] = (task.distance(layer, weight, kept), kept, told), task.distance.facts(layer)
-            shared = context.gather(mine)
+                return (task.distance(layer, weight, kept), kept, told), task.distance.facts(layer)
+
+            mine = [task.cut[position] for position in context.mine(len(task.cut))]
+            shared = context.gather(context.each(sample, mine, small=task.network[task.cut[0]].hidden <= WIDE))
             results: Results = {layer: result for layer, (result, _) in shared.items()}
             task.distance.learn({layer: facts for layer, (_, facts) in shared.items()})
             entry = {"ks": sum(ks for ks, _, _ in results.values()) / len(results)}

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig, OPTConfi
 import tiny
 from odd import Cell, Flat, Language, Lies, LowRank, Mixing, Odd, Running, UpFirst, Wrapped, language
 from secateur.errors import RequestError
-from secateur.network.anatomy import Anatomy, FeedForward, anatomy, to_dict
+from secateur.network.anatomy import Anatomy, anatomy, to_dict
+from secateur.network.surgery import cut_module
+from secateur.network.views import Cut
 
 SWIGLU = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn", "post_attention_layernorm")
 GEMMA = (*SWIGLU[:4], "pre_feedforward_layernorm")
@@ -70,22 +72,6 @@ def skeleton(config: Any) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def cut(model: nn.Module, feed_forward: FeedForward, gone: Tensor) -> None:
-    """Removes the units `gone` from every tensor that the anatomy names, and from nothing else."""
-    indices: dict[str, tuple[int, list[Tensor]]] = {}
-    for part in feed_forward.slices:
-        indices.setdefault(part.parameter, (part.dim, []))[1].append(gone + part.offset)
-    for name, (dim, removed) in indices.items():
-        old = model.get_parameter(name)
-        kept = torch.ones(old.shape[dim], dtype=torch.bool)
-        kept[torch.cat(removed)] = False
-        path, _, attribute = name.rpartition(".")
-        module: Any = model.get_submodule(path)
-        setattr(module, attribute, nn.Parameter(old.detach().index_select(dim, kept.nonzero().flatten())))
-        if hasattr(module, "nf"):
-            module.nf = module.weight.shape[1]
-
-
 def check_cut(model: nn.Module, parts: Anatomy, tokens: Tensor) -> None:
     """Cutting units equals zeroing their columns of the output matrix, and both differ from the whole model."""
 
@@ -102,8 +88,13 @@ def check_cut(model: nn.Module, parts: Anatomy, tokens: Tensor) -> None:
         with torch.no_grad():
             model.get_parameter(layer.down.parameter).index_fill_(layer.down.dim, units, 0.0)
     zeroed = logits()
-    for layer in layers:
-        cut(model, layer, gone % layer.units)
+    cuts = {}
+    for block in parts.blocks:
+        if block.feed_forward:
+            kept = torch.ones(block.feed_forward.units, dtype=torch.bool)
+            kept[gone % block.feed_forward.units] = False
+            cuts[block.index] = Cut(kept.nonzero().flatten())
+    cut_module(model, parts, cuts)
     assert (logits() - zeroed).abs().max() <= 1e-5
     assert (zeroed - whole).abs().max() > 1e-2
 

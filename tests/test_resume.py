@@ -20,6 +20,7 @@ import command
 import outcome
 import secateur
 from secateur import registry
+from secateur.files import write_tensors
 from secateur.network.verify import CleanProcess
 from secateur.registry import Context, Cut, Units
 
@@ -28,6 +29,7 @@ TWO_STEPS = "seed: 3\nsteps: [random_units: {ratio: 0.2}, magnitude_units: {rati
 RUNS: dict[str, dict[str, Any]] = {
     "random_units": {"method": "random_units"},
     "prunenet": {"method": "prunenet", "parameters": {"episodes": 2}},
+    "zipf_surgeon": {"method": "zipf_surgeon"},
     "published": {"method": "prunenet", "parameters": {"episodes": 2, "mode": "reference"}},
     "two steps": {"recipe": secateur.Recipe.parse({"steps": [{"random_units": {}}, {"magnitude_units": {}}]})},
 }
@@ -317,22 +319,30 @@ def test_restart_starts_over(
     output = tmp_path / "out"
     run(output, **RUNS["prunenet"])
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", _kills_after(2))
+        outcome.kill_at_rename(patch, 3)
         with pytest.raises(outcome.Killed):
             run(output, restart=True)
     run(output)
     assert outcome.promised(output) == undisturbed("random_units")
 
 
-def _kills_after(number: int) -> Callable[[Path], None]:
-    unlink, count = Path.unlink, iter(range(1000))
+def test_a_restart_whose_request_is_wrong_gives_back_what_was_there(
+    run: Callable, tmp_path: Path, model: Callable[..., Path]
+) -> None:
+    output = tmp_path / "out"
+    run(output)
+    (output / "notes.txt").write_text("mine")
+    before = outcome.promised(output), (output / "secateur.json").read_text()
+    write_tensors(
+        tmp_path / "policy.safetensors", {"v": torch.ones(7), "c": torch.zeros(()), "standardised": torch.ones(())}
+    )
+    with pytest.raises(secateur.RequestError, match="hidden size"):
+        run(output, method="prunenet", parameters={"policy": tmp_path / "policy.safetensors"}, restart=True)
+    assert (outcome.promised(output), (output / "secateur.json").read_text()) == before
+    assert not (output / ".secateur").exists()
 
-    def replaced(self: Path, missing_ok: bool = False) -> None:
-        if next(count) == number:
-            raise outcome.Killed
-        unlink(self, missing_ok=missing_ok)
-
-    return replaced
+    run(output, restart=True, seed=5)
+    assert (output / "notes.txt").read_text() == "mine", "a restart removes only what a run wrote"
 
 
 def test_a_source_that_changed_meanwhile(

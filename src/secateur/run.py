@@ -18,7 +18,7 @@ from torch import nn
 
 from secateur.context import Progress, barrier, process_group, processes, silent
 from secateur.errors import RequestError, RunError
-from secateur.files import write_json, write_text
+from secateur.files import sha256, write_json, write_text
 from secateur.network.clean_load import peak
 from secateur.network.source import Source, open_model
 from secateur.network.store import check_output, resized_config
@@ -224,7 +224,7 @@ class _Run:
         barrier()  # nobody writes before everybody has looked
         if found == "finished":
             shutil.rmtree(workspace.state, ignore_errors=True)
-            return Result(self.output, json.loads((self.output / RECEIPT).read_text()))
+            return Result(self.output, json.loads((self.output / RECEIPT).read_text()) if processes()[0] == 0 else {})
         hashes = self._scan(source) if source.tensors and found == "fresh" else None
         workspace.begin(restart)
         timings: dict[str, float] = {}
@@ -254,6 +254,7 @@ class _Run:
             "source": source.quick_print(),
             "threads": torch.get_num_threads(),
             "device": self.device,
+            "processor": torch.backends.cpu.get_cpu_capability(),
             "shard_bytes": self.shard_bytes,
             "versions": {name: version(name) for name in ("secateur", "torch", "transformers")},
         }
@@ -288,6 +289,9 @@ class _Run:
         barrier()  # everybody has looked before the first process can have written it
         if known is None:
             known = json.loads(path.read_text()) if exists else self._scan(source)
+            if not exists and (originals := source.place.originals):
+                # what was converted was scanned; what counts as the source are the files that the person named
+                known = {file.name: sha256(file) for file in originals}
         if processes()[0] == 0:
             write_json(path, known)
         barrier()
@@ -334,7 +338,7 @@ class _Run:
         begun = time.time()
         try:
             result = open_model(self.output, trust_remote_code=self.trust_remote_code)
-            checked = verify(result, stages[-1].expected(), self.max_memory, self.clean)
+            checked = verify(result, stages[-1].source, stages[-1].expected(), self.max_memory, self.clean)
         except RequestError as error:  # what was asked for was right, what was written is not
             raise RunError(f"the result does not open again: {error} Start again with --restart.") from error
         timings["reload check"] = time.time() - begun

@@ -18,7 +18,7 @@ from secateur.files import read_tensors, write_json, write_tensors, write_text
 from secateur.network.source import Source
 from secateur.network.store import copy_companions, resized_config, shard_name, stored_dtype, write_config, write_index
 from secateur.network.stream import Fetch, Piece, pieces
-from secateur.network.surgery import cut_tensors
+from secateur.network.surgery import cut_tensors, silence_tensors
 from secateur.network.views import Cut, Network, Units
 from secateur.network.widths import round_width
 from secateur.recipe import Step
@@ -117,7 +117,10 @@ class Stage:
         return Cut(tensors["kept"], tensors.get("down"), tensors.get("down_bias"))
 
     def expected(self) -> Fetch:
-        """Every parameter of the result as this step computes it from the source: what the reload check compares with."""
+        """The source's parameters with what was cut silenced instead: the reload check runs the uncut network with them.
+
+        Nothing of what cut and wrote the result is used again, so a mistake there shows.
+        """
         inside = {name: block for block in self.source.anatomy.blocks for name in block.parameters}
         cut_blocks = set(self._cut_blocks())
 
@@ -127,7 +130,7 @@ class Stage:
             tensors = {name: stored[key] for name, key in keys.items()}
             for block in {inside[name].index: inside[name] for name in names if name in inside}.values():
                 if block.index in cut_blocks and block.feed_forward:
-                    tensors.update(cut_tensors(tensors, block.feed_forward, self.cut(block.index)))
+                    tensors.update(silence_tensors(tensors, block.feed_forward, self.cut(block.index)))
             return {name: self._cast(name, tensor).float() for name, tensor in tensors.items()}
 
         return fetch
@@ -249,6 +252,9 @@ class Stage:
         raw = resized_config(self.source, self.widths())
         stored = {stored_dtype(self.source, self.dtype, info.dtype) for info in self.source.tensors.values()}
         floats = [dtype for dtype in stored if dtype.is_floating_point]
+        if self.artifacts is not None:
+            kept = {f"block {block}": self.cut(block).kept for block in self._cut_blocks()}
+            write_tensors(self.artifacts / "kept.safetensors", kept)
         copy_companions(self.source, self.target)
         write_index(self.target, shards)
         write_config(self.target, raw, floats[0] if len(floats) == 1 else None)

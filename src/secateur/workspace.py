@@ -13,7 +13,9 @@ from secateur.files import append_line, write_json
 
 RECEIPT = "secateur.json"
 STATE = ".secateur"
+COMPANIONS = "companions.json"
 _RESTARTING = "restarting"
+_PREVIOUS = "previous"
 # What a run writes under names of its own; tokenizer and other companions are listed in the receipt.
 _OURS = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json|README\.md|secateur(\.json)?|.*\.partial"
@@ -71,36 +73,50 @@ class Workspace:
             )
 
     def begin(self, restart: bool) -> None:
-        """Takes the directory for this run; `restart` first removes what another run of ours left."""
+        """Takes the directory for this run; `restart` first sets aside what another run of ours left."""
         if processes()[0] == 0:
             record = self.state / "run.json"
             if restart or _RESTARTING in (_plain(record) or {}):
-                self._clear(record)
+                self._set_aside(record)
             try:
                 self.state.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise RequestError(
                     f"the output {self.output} cannot be made ({error.strerror}); name a directory that may be written."
                 ) from error
-            if not record.exists():
+            if _RESTARTING in (_plain(record) or {_RESTARTING: True}):
                 write_json(record, self.identity)
         barrier()
 
-    def _clear(self, record: Path) -> None:
-        """Removes what a run wrote, and nothing that a person added since.
+    def _set_aside(self, record: Path) -> None:
+        """Moves what an earlier run wrote, and nothing that a person added since, out of the way until this one is done.
 
-        Killed half way, the directory still says that it is ours and to be cleared.
+        Killed half way, the directory still says that it is ours and what was being done.
         """
         if not self.output.is_dir() or not any(self.output.iterdir()):
             return
-        listed = set((_plain(self.output / RECEIPT) or {}).get("files", ()))
-        write_json(record, {**self.identity, _RESTARTING: True})
-        ours = [path for path in self.output.iterdir() if path.name in listed or _OURS.fullmatch(path.name)]
+        found = _plain(record)
+        aside = self.state / _PREVIOUS
+        if found is None or _RESTARTING not in found:
+            shutil.rmtree(aside, ignore_errors=True)
+            if found is not None:
+                write_json(aside / STATE / record.name, found)
+            write_json(record, {**self.identity, _RESTARTING: True})
+        (aside / STATE).mkdir(parents=True, exist_ok=True)
+        ours = self._ours()
         # the receipt goes last of these, because it says which files were ours
-        ours.sort(key=lambda path: path.name == RECEIPT)
-        for path in [*ours, *(path for path in self.state.iterdir() if path != record)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        record.unlink()
+        for path in sorted(ours, key=lambda path: path.name == RECEIPT):
+            path.replace(aside / path.name)
+        for path in self.state.iterdir():
+            if path not in (record, aside):
+                path.replace(aside / STATE / path.name)
+
+    def _ours(self) -> list[Path]:
+        """What a run has written into the output, besides its state."""
+        listed = set((_plain(self.output / RECEIPT) or {}).get("files", ()))
+        for path in self.state.glob(f"*/{COMPANIONS}"):
+            listed |= set((_plain(path) or {}).get("files", ()))
+        return [path for path in self.output.iterdir() if path.name in listed or _OURS.fullmatch(path.name)]
 
     def finish(self, receipt: Mapping[str, Any]) -> None:
         """Writes the receipt, then removes the state: from here on the directory is a plain model."""
@@ -110,10 +126,18 @@ class Workspace:
 
     def abandon(self) -> None:
         """Leaves things as `check` found them, for a request that turned out wrong only after the start."""
-        for path in self.output.iterdir():
+        aside = self.state / _PREVIOUS
+        for path in [*self._ours(), *(path for path in self.state.iterdir() if path != aside)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in self._missing:
-            path.rmdir()
+        if aside.is_dir():
+            for folder, home in ((aside / STATE, self.state), (aside, self.output)):
+                for path in folder.iterdir():
+                    if path.name != STATE:
+                        path.replace(home / path.name)
+            shutil.rmtree(aside)
+        for path in (self.state, *self._missing):
+            if not any(path.iterdir()):
+                path.rmdir()
 
 
 def _plain(path: Path) -> dict[str, Any] | None:

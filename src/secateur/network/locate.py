@@ -32,6 +32,13 @@ class Place:
     licence: str | None = None
     base: str | None = None
 
+    @property
+    def originals(self) -> list[Path]:
+        """The files of a place whose weights are converted before they are read."""
+        if self.file is not None:
+            return [self.file]
+        return sorted(self.directory.glob("*.bin")) if self.weights == "bin" else []
+
 
 def locate(spec: str) -> Place:
     """Finds MODEL without reading weights. Raises RequestError in one sentence when there is no model there."""

@@ -24,7 +24,10 @@ def cut_tensors(tensors: Mapping[str, Tensor], feed_forward: FeedForward, cut: C
     kept: dict[str, tuple[int, list[Tensor]]] = {}
     for part in feed_forward.slices:
         kept.setdefault(part.parameter, (part.dim, []))[1].append(cut.kept + part.offset)
-    changed = {name: tensors[name].index_select(dim, torch.cat(indices)) for name, (dim, indices) in kept.items()}
+    # sorted, because a fused tensor may hold its parts in another order than the anatomy names them
+    changed = {
+        name: tensors[name].index_select(dim, torch.cat(indices).sort().values) for name, (dim, indices) in kept.items()
+    }
     down = feed_forward.down
     if cut.down is not None:
         changed[down.parameter] = cut.down if down.dim == 1 else cut.down.T
@@ -38,6 +41,21 @@ def cut_tensors(tensors: Mapping[str, Tensor], feed_forward: FeedForward, cut: C
                 "Use a smaller ratio or a stronger ridge."
             )
     return changed
+
+
+def silence_tensors(tensors: Mapping[str, Tensor], feed_forward: FeedForward, cut: Cut) -> dict[str, Tensor]:
+    """The output matrix and bias of the uncut block that compute what the cut one does: removed columns are zero.
+
+    Shares nothing with `cut_tensors`: what it gives is what a cut is checked against.
+    """
+    down, old = feed_forward.down, tensors[feed_forward.down.parameter]
+    columns = old.index_select(down.dim, cut.kept)
+    if cut.down is not None:
+        columns = (cut.down if down.dim == 1 else cut.down.T).to(old.dtype)
+    silenced = {down.parameter: torch.zeros_like(old).index_copy(down.dim, cut.kept, columns)}
+    if cut.down_bias is not None and feed_forward.down_bias:
+        silenced[feed_forward.down_bias] = cut.down_bias.to(tensors[feed_forward.down_bias].dtype)
+    return silenced
 
 
 def cut_module(model: nn.Module, anatomy: Anatomy, cuts: Mapping[int, Cut]) -> None:

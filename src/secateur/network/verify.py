@@ -20,7 +20,7 @@ from secateur.network.source import Source
 from secateur.network.stream import Fetch, streamed_logits
 
 TOKENS = 32
-# Both sides compute in float32 with the same stored weights; what is left is the order of sums.
+# Both sides compute in float32 with the same weights, one cut, one silenced; what is left is the order of sums.
 TOLERANCE = 1e-4
 
 
@@ -86,12 +86,15 @@ class CleanProcess:
 _TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
 
 
-def verify(result: Source, expected: Fetch, max_memory: int, clean: CleanProcess | None = None) -> Verified:
+def verify(
+    result: Source, source: Source, expected: Fetch, max_memory: int, clean: CleanProcess | None = None
+) -> Verified:
     """Compares what is on the disk with what was meant to be there.
 
     Args:
         result: the directory just written.
-        expected: gives every parameter as the run computed it, from the source and not from the result.
+        source: what the last step started from; it is run uncut.
+        expected: the source's parameters, with what was cut silenced.
         max_memory: bytes that a whole model may take; above it the result is streamed instead of loaded at once.
         clean: an open clean process to use, instead of starting one.
 
@@ -99,7 +102,7 @@ def verify(result: Source, expected: Fetch, max_memory: int, clean: CleanProcess
     """
     ids = [prompt(result.anatomy.vocabulary)]
     in_float32 = 4 * sum(parameter.numel() for parameter in result.skeleton.parameters())
-    ours = streamed_logits(result.skeleton, result.anatomy, expected, torch.tensor(ids))
+    ours = streamed_logits(source.skeleton, source.anatomy, expected, torch.tensor(ids))
     assert result.directory is not None
     if in_float32 > max_memory:
         how = f"headers, shapes and streamed logits (in float32 it takes {human(in_float32)}, above --max-memory)"

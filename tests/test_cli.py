@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import tiny
 from command import compress, secateur, snapshot
 from secateur import registry, run
 from secateur.network.source import open_model
+from secateur.recipe import Evaluate
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("shared_clean")
@@ -128,6 +130,47 @@ def test_what_a_run_measures(model: Make, tmp_path: Path) -> None:
     assert "perplexity" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("measured", ["{window: 64, text: nowhere.txt}", "true", "false"])
+def test_options_of_measuring_change_only_what_they_name(
+    measured: str, model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").touch()
+    (tmp_path / "recipe.yaml").write_text(f"steps: [random_units]\nevaluate: {measured}\n")
+    given: list[Any] = []
+    monkeypatch.setattr(run, "compress", lambda *_, recipe, **__: given.append(recipe.evaluate) or run.Result(None))
+    arguments = ("--recipe", tmp_path / "recipe.yaml", "--text", tmp_path / "text.txt", "--windows", 3)
+    assert compress(model("llama"), tmp_path / "out", *arguments, method=None).code == 0
+    window = 64 if "window" in measured else None
+    assert given == [Evaluate(text=tmp_path / "text.txt", window=window, windows=3)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_one_sentence(error: Exception, model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("secateur.network.source.open_model", fail)
+    told = secateur("inspect", model("llama"))
+    assert told.code == 1 and told.err == "error: there is not enough memory; remove the cause and try again.\n"
+
+
+def test_another_error_of_the_runtime_is_not_hidden(model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("secateur.network.source.open_model", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        secateur("inspect", model("llama"))
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3", "mixtral", "mamba"])
 def test_inspect(name: str, model: Make) -> None:
     said = json.loads(secateur("inspect", model(name), "--json").out)
@@ -156,7 +199,9 @@ def test_methods() -> None:
 def test_log_level(model: Make) -> None:
     told = secateur("inspect", model("llama"), "--log-level", "loud")
     assert told.code == 2 and told.err == "error: --log-level is debug, info, warning or error.\n"
-    assert secateur("inspect", model("llama"), "--log-level", "ERROR").code == 0
+    assert secateur("methods", "--log-level", "loud").code == 2
+    for command in (("inspect", model("llama")), ("methods",)):
+        assert secateur(*command, "--log-level", "ERROR", "--quiet").code == 0
 
 
 def test_as_a_program(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from secateur.evaluation import (
     speed,
     write_json,
 )
+from secateur.evaluation.card import Column, findings
 from secateur.evaluation.measure import evaluate
+from secateur.evaluation.memory import Memory
 from test_evaluation import VOCABULARY, Fixed, ids, llama, words
 
 
@@ -168,15 +171,24 @@ def test_memory_is_that_of_the_clean_process_and_disk_that_of_the_weights(saved)
     assert found.tokens == 64, "no more than the model's positions"
 
 
-def test_a_model_that_a_clean_process_cannot_load_is_said(saved, tmp_path):
+def test_a_damaged_model_is_refused_before_a_clean_process_starts(saved, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in saved.iterdir():
         (broken / file.name).write_bytes(b"" if file.suffix == ".safetensors" else file.read_bytes())
-    with pytest.raises(RunError, match="ended with code 1"):
-        memory(broken)
-    with pytest.raises(RequestError, match="damaged or cut short"):
-        evaluate(broken)
+    for measured in (memory, evaluate):
+        with pytest.raises(RequestError, match="damaged or cut short"):
+            measured(broken)
+
+
+def test_weights_that_only_transformers_finds_wrong(saved, tmp_path):
+    """The files are whole and the configuration is one; that they do not fit each other is found by loading."""
+    other = tmp_path / "other"
+    shutil.copytree(saved, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
+    with pytest.raises(RunError, match="does not load with plain transformers"):
+        memory(other)
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +259,9 @@ def test_evaluate_refuses_before_it_measures(tmp_path):
         evaluate((llama(), words()), text=tmp_path / "text")
     with pytest.raises(RequestError, match="Did you mean 'bfloat16'"):
         evaluate((llama(), words()), dtype="bflot16")
+    for device in ("cudda", "cuda:99", "meta"):
+        with pytest.raises(RequestError, match=f"device '{device}'"):
+            evaluate((llama(), words()), device=device)
     with pytest.raises(RequestError, match="no tokenizer"):
         evaluate((llama(), None), text=tmp_path / "text")
 
@@ -255,10 +270,17 @@ def test_a_slower_model_is_called_slower():
     clock = Clock()
     model, reference = slow(llama(), clock, 0.02), slow(llama(1), clock, 0.01)
     timed = speed(model, reference, prefill=8, decode=2, pairs=2, clock=clock)
-    from secateur.evaluation.card import Column, findings
-
     column = Column(name="x", parameters=1, multiply_adds=1, multiply_adds_tokens=8)
     card = ResultCard(model=column, reference=column.model_copy(update={"parameters": 2}), speed=timed)
     assert findings(card) == ("Prefill is slower than the reference's.", "Decoding is slower than the reference's.")
     even = speed(model, model, prefill=8, decode=2, pairs=2, clock=clock)
     assert "not measurably faster" in findings(card.model_copy(update={"speed": even}))[0]
+
+
+def test_the_memory_of_a_gguf_reference_is_explained():
+    used = Memory(peak=2, baseline=1, tokens=8, dtype="float32")
+    model = Column(name="x", parameters=1, multiply_adds=1, multiply_adds_tokens=8, memory=used)
+    reference = model.model_copy(update={"parameters": 2, "disk_format": "gguf"})
+    [said] = findings(ResultCard(model=model, reference=reference))
+    assert "de-quantising" in said
+    assert not findings(ResultCard(model=model, reference=reference.model_copy(update={"memory": None})))

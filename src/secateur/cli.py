@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
-from secateur.context import Advance, _Silent, process_group
+from secateur.context import Advance, process_group, silent
+from secateur.context import Progress as Bars
 from secateur.errors import RequestError, SecateurError
 from secateur.files import human, parse_size
 
@@ -25,7 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Takes a trained network and gives back a smaller, faster one that loads everywhere.",
 )
-console = Console()
+# where nobody watches, in a file or a pipe, lines are long enough for a table
+console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A directory, a hub id, a .gguf file, or package:NAME.", show_default=False)]
@@ -53,6 +55,7 @@ def compress(
         bool, typer.Option("--dry-run", help="Say what would be done and needed; write nothing.")
     ] = False,
     text: Annotated[Path | None, typer.Option(help="Text for the perplexity on the result card.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="How many windows of that text; default all.")] = None,
     evaluate: Annotated[bool, typer.Option(help="Measure the result against the original.")] = True,
     trust_remote_code: Trust = False,
     log_level: LogLevel = "warning",
@@ -71,8 +74,11 @@ def compress(
             raise RequestError("give either --method NAME or --recipe FILE.")
         plan = Recipe.read(recipe) if recipe else Recipe.parse({"steps": [{str(method): {}}]})
         plan = plan.override(set_ or [])
-        if text is not None:
-            plan = plan.model_copy(update={"evaluate": Evaluate(text=text)})
+        asked = {name: value for name, value in (("text", text), ("windows", windows)) if value is not None}
+        if asked:
+            # what else the recipe wants measured stays as it is
+            wanted = plan.evaluate if isinstance(plan.evaluate, Evaluate) else Evaluate()
+            plan = plan.model_copy(update={"evaluate": wanted.model_copy(update=asked)})
         if output is None:
             raise RequestError("name the directory to write with --output DIR.")
         options: dict[str, Any] = {"recipe": plan, "output": output, "seed": seed, "dtype": dtype, "device": device}
@@ -129,10 +135,12 @@ def evaluate(
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    log_level: LogLevel = "warning",
     debug: Debug = False,
+    quiet: Quiet = False,  # as for every command; there is nothing here but the result
 ) -> None:
     """Lists the methods, or shows one with its parameters."""
-    with _told("warning", debug):
+    with _told(log_level, debug):
         from secateur import registry
 
         chosen = [registry.find(name)] if name else list(registry.methods().values())
@@ -142,7 +150,7 @@ def methods(
         elif name:
             _print_method(chosen[0].card())
         else:
-            table = Table("method", "kind", "data", "paper", "what it does")
+            table = Table(Column("method", no_wrap=True), "kind", "data", "paper", "what it does")
             for method in chosen:
                 table.add_row(method.name, method.kind, method.data, method.paper or "our own", method.summary)
             console.print(table)
@@ -155,6 +163,7 @@ def inspect(
     trust_remote_code: Trust = False,
     log_level: LogLevel = "warning",
     debug: Debug = False,
+    quiet: Quiet = False,  # as for every command; there is nothing here but the result
 ) -> None:
     """Shows the structure of MODEL without reading its weights."""
     with _told(log_level, debug):
@@ -172,7 +181,7 @@ def _print_method(card: dict[str, Any]) -> None:
     console.print(f"{card['name']} ({card['kind']}): {card['summary']}", highlight=False)
     for key in ("paper", "claim", "when", "speedup", "decides", "data", "scope"):
         console.print(f"  {key}: {card[key] or 'our own'}", highlight=False)
-    table = Table("parameter", "default", "meaning")
+    table = Table(Column("parameter", no_wrap=True), "default", "meaning")
     for name, entry in card["parameters"].items():
         table.add_row(name, json.dumps(entry["default"]), entry["help"])
     console.print(table)
@@ -203,24 +212,25 @@ def _size(text: str | None) -> int | None:
         raise RequestError(f"--max-memory {text} is not a size; write it like 8GB or 512MB.") from None
 
 
-def _progress(quiet: bool) -> Any:
+def _progress(quiet: bool) -> Bars:
     """Bars on a terminal, plain lines elsewhere, nothing when quiet or in any but the first process."""
-    silent = quiet or int(os.environ.get("RANK", "0")) > 0
+    if quiet or int(os.environ.get("RANK", "0")) > 0:
+        return silent
+    return _bars if errors.is_terminal else _lines
 
-    @contextmanager
-    def bar(label: str, total: int) -> Iterator[Advance]:
-        if silent:
-            yield _Silent()
-        elif errors.is_terminal:
-            columns = (TextColumn("{task.description:>9}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-            with Progress(*columns, TimeRemainingColumn(), console=errors, transient=True) as bars:
-                task = bars.add_task(label, total=total)
-                yield _Bar(bars, task)
-        else:
-            errors.print(f"{label} …", highlight=False)
-            yield _Silent()
 
-    return bar
+@contextmanager
+def _bars(label: str, total: int) -> Iterator[Advance]:
+    columns = (TextColumn("{task.description:>9}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeRemainingColumn(), console=errors, transient=True) as bars:
+        yield _Bar(bars, bars.add_task(label, total=total))
+
+
+@contextmanager
+def _lines(label: str, total: int) -> Iterator[Advance]:
+    errors.print(f"{label} …", highlight=False)
+    with silent(label, total) as bar:
+        yield bar
 
 
 class _Bar:
@@ -251,12 +261,18 @@ def _told(log_level: str, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         errors.print("stopped; the same command goes on from here.")
         sys.exit(130)
-    except (MemoryError, OSError) as error:
-        if debug:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if debug or (isinstance(error, RuntimeError) and not _out_of_memory(error)):
             raise
-        what = "there is not enough memory" if isinstance(error, MemoryError) else str(error)
+        what = str(error) if isinstance(error, OSError) else "there is not enough memory"
         errors.print(f"error: {what}; remove the cause and try again.", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says so: by a class of its own on an accelerator, on the CPU only in the words of its allocator."""
+    told = ("not enough memory", "can't allocate memory", "out of memory")
+    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in told)
 
 
 def _quiet_libraries(log_level: str) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,7 +54,9 @@ def process_group() -> Iterator[None]:
         yield
         return
     # gloo, because what crosses processes here is small and lives on the CPU
-    dist.init_process_group("gloo")
+    # a week, because ranks wait at barriers while the first one scans, converts and measures; the default of half an hour
+    # would end a run on a large model, and a process that dies is noticed at once by its closed connection
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield
     except SecateurError as error:

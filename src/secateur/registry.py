@@ -3,6 +3,10 @@
 A method is one function. What it needs from the engine it asks for by the annotated types of its positional parameters;
 what a person may set are its keyword-only parameters. The recipe's schema, the command line's help and the docs page are
 read from that signature and its docstring; nothing is declared twice.
+
+Three parameter names are a convention. The engine reads `ratio`, `ratios` (one for each layer) and `multiple_of` of a method
+that cuts units, to foretell the widths it will leave: for a dry run, and to refuse an impossible width before anything is
+read. A method that cuts by other rules gives its parameters other names.
 """
 
 import importlib
@@ -47,12 +51,16 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Need:
-    """What asking for a type means: how often the method is called, and what it must return."""
+    """What asking for a type means: how often the method is called, and what it must return.
+
+    beside: another type without which it may not be asked for; it says of what this one is.
+    """
 
     scope: Literal["network", "units", "any"]
     returns: type | None
     what: str
     data: str = ""
+    beside: type | None = None
 
 
 # The vocabulary of the contract. A new statistic or scope is one line here and its provider in an engine.
@@ -64,6 +72,7 @@ NEEDS: dict[type, Need] = {
         None,
         "second moment of the layer's neurons on tokens drawn by Zipf's law over the vocabulary's order",
         "drawn tokens (Zipf's law over the vocabulary), no text",
+        beside=Units,
     ),
     Context: Need("any", None, "random streams, resumable state, artifacts, sharing of work"),
 }
@@ -185,6 +194,12 @@ def method(
         scopes = {NEEDS[need].scope: NEEDS[need].returns for need in needs.values() if NEEDS[need].scope != "any"}
         if len(scopes) != 1 or hints.get("return") is not next(iter(scopes.values())):
             raise TypeError(f"{name}: must ask for one scope and return what that scope returns, found {scopes}")
+        for parameter_name, need in needs.items():
+            beside = NEEDS[need].beside
+            if beside is not None and beside not in needs.values():
+                raise TypeError(
+                    f"{name}: '{parameter_name}' asks for {need.__name__}, which is given only beside {beside.__name__}"
+                )
         schema = pydantic.create_model(
             name, __config__=pydantic.ConfigDict(extra="forbid", validate_default=False), **fields
         )

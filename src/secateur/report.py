@@ -1,6 +1,7 @@
 """What a person reads of a run: the measured card, the model card, the lines on the terminal."""
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from secateur.context import Progress, silent
 from secateur.errors import SecateurError
@@ -99,35 +100,65 @@ def _brief(value: Any) -> str:
 
 
 def model_card(receipt: Mapping[str, Any]) -> str:
-    """README.md of the result: front matter for the hub, what was done, what was measured, how to repeat it."""
+    """README.md of the result: front matter for the hub, what was done, what was measured, how to repeat it.
+
+    It is made to be published, so nothing in it says where files lie on this machine.
+    """
     source = receipt["source"]
+    base = source["base_model"] or source["model"]
     methods = [find(decision["method"]) for decision in receipt["decisions"]]
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["secateur", *(m.name for m in methods)]}
     if source["licence"]:
         front["license"] = source["licence"]
-    if source["base_model"]:
-        front["base_model"] = source["base_model"]
+    # the hub links a base model and refuses what it cannot link; of a directory here `base` is the folder's name alone
+    if base == source["model"] and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        front["base_model"] = base
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---",
-        f"# {source['base_model'] or source['model']}, compressed",
-        "Made with Secateur. It opens with plain `transformers`:",
+        f"# {base}, compressed",
+        f"Made with Secateur (base: {base}). It opens with plain `transformers`:",
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")\n```',
         "## What was done",
         "\n".join(f"- {line}" for line in widths(receipt)),
         "\n".join(f"- {sentence}" for d in receipt["decisions"] for sentence in d["warnings"]),
         f"Reload check: {receipt['reload_check']['how']}.",
-        f"```yaml\n{yaml.safe_dump({k: v for k, v in receipt['recipe'].items() if k != 'model'}, sort_keys=False)}```",
+        f"```yaml\n{yaml.safe_dump(_publishable(receipt['recipe']), sort_keys=False)}```",
         "## Methods",
         "\n".join(f"- `{m.name}`: {m.summary} {m.paper}".rstrip() for m in methods),
     ]
     card = receipt.get("card")
     if card and "skipped" not in card:
         console = Console(record=True, width=110, file=io.StringIO())
-        # the directory's name on this machine is nobody else's business
-        console.print(render(ResultCard.from_dict({**card, "model": {**card["model"], "name": "this model"}})))
+        named = {"model": "this model", "reference": base}
+        columns = {side: {**card[side], "name": name} for side, name in named.items() if card[side]}
+        console.print(render(ResultCard.from_dict({**card, **columns})))
         parts += ["## Measured", f"```\n{console.export_text().rstrip()}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _publishable(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe without the model, and with the bare names of files."""
+    plain = {name: value for name, value in recipe.items() if name != "model"}
+    steps = []
+    for step in plain["steps"]:
+        [(name, parameters)] = step.items()
+        read = find(name).validate(parameters)
+        bare = {key: Path(value).name if isinstance(read[key], Path) else value for key, value in parameters.items()}
+        steps.append({name: bare})
+    if isinstance(plain.get("evaluate"), dict) and (text := plain["evaluate"].get("text")):
+        plain["evaluate"] = {**plain["evaluate"], "text": Path(text).name}
+    published: dict[str, Any] = _without_paths({**plain, "steps": steps})
+    return published
+
+
+def _without_paths(value: Any) -> Any:
+    """Plain data in which every absolute path is its last part."""
+    if isinstance(value, Mapping):
+        return {name: _without_paths(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def inspection(source: Source) -> dict[str, Any]:
@@ -157,7 +188,15 @@ def show_inspection(source: Source, console: Console) -> None:
         f"{'tied' if network.tied else 'untied'} embeddings, stored as {source.place.weights}",
         highlight=False,
     )
-    table = Table("blocks", "kind", "attention", "feed-forward", "parallel", "parameters", "note")
+    table = Table(
+        Column("blocks", no_wrap=True),
+        Column("kind", no_wrap=True),
+        "attention",
+        "feed-forward",
+        "parallel",
+        "parameters",
+        "note",
+    )
     rows: list[tuple[list[int], tuple[str, ...]]] = []
     for block in network.blocks:
         attention, inner = block.attention, block.feed_forward

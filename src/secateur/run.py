@@ -20,7 +20,7 @@ from secateur.context import Progress, barrier, process_group, processes, silent
 from secateur.errors import RequestError, RunError
 from secateur.files import sha256, write_json, write_text
 from secateur.network.clean_load import peak
-from secateur.network.source import Source, open_model
+from secateur.network.source import Source, check_device, open_model
 from secateur.network.store import check_output, resized_config
 from secateur.network.surgery import cut_module
 from secateur.network.verify import CleanProcess, verify
@@ -209,6 +209,7 @@ class _Run:
 
         Returns: the source, the output directory and what it is to this run, the widths after the last step.
         """
+        check_device(self.device)
         source = open_model(self.spec, trust_remote_code=self.trust_remote_code)
         check_output(self.output, source)
         workspace = Workspace(self.output, self._identity(source))

@@ -16,14 +16,22 @@ from secateur.context import Context, Progress, barrier, processes, silent
 from secateur.errors import RequestError, RunError
 from secateur.files import read_tensors, write_json, write_tensors, write_text
 from secateur.network.source import Source
-from secateur.network.store import copy_companions, resized_config, shard_name, stored_dtype, write_config, write_index
+from secateur.network.store import (
+    companions,
+    copy_companions,
+    resized_config,
+    shard_name,
+    stored_dtype,
+    write_config,
+    write_index,
+)
 from secateur.network.stream import Fetch, Piece, pieces
 from secateur.network.surgery import cut_tensors, silence_tensors
 from secateur.network.views import Cut, Network, Units
 from secateur.network.widths import round_width
 from secateur.recipe import Step
 from secateur.registry import Plan
-from secateur.workspace import Journal
+from secateur.workspace import COMPANIONS, Journal
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +263,8 @@ class Stage:
         if self.artifacts is not None:
             kept = {f"block {block}": self.cut(block).kept for block in self._cut_blocks()}
             write_tensors(self.artifacts / "kept.safetensors", kept)
+        # said before they appear, so that a restart knows them for ours
+        write_json(self.state / COMPANIONS, {"files": [path.name for path in companions(self.source)]})
         copy_companions(self.source, self.target)
         write_index(self.target, shards)
         write_config(self.target, raw, floats[0] if len(floats) == 1 else None)

@@ -2,7 +2,11 @@
 
 Tokenizers that merge by frequency number their vocabulary roughly by it, so Zipf's law over the row index of the embedding
 stands in for a corpus. Nothing is read but the checkpoint; where a vocabulary is not ordered by frequency, this prior is
-wrong, and what stands on it is worth less.
+wrong, and what stands on it is worth less. One that begins with special tokens and bytes (LLaMA-2's first 259 entries) gets
+those drawn most, and so fits less too.
+
+OFFSET, EXPONENT and PER_NEURON were chosen on one model only, SmolLM2-135M, by perplexity on WikiText-2's validation text;
+that Zipf's law does better than uniform drawing was first seen on three windows of the test text.
 """
 
 from collections.abc import Callable
@@ -21,7 +25,7 @@ from secateur.network.verify import stored
 OFFSET, EXPONENT = 10.0, 1.2  # Zipf-Mandelbrot: p(row r) is proportional to (r + OFFSET) ** -EXPONENT
 LENGTH = 64  # tokens of a sequence; they are independent, and only give attention something to mix
 PER_NEURON = 4  # tokens for each neuron of the widest layer: fewer, and a refit learns the sample
-MOST_TOKENS = 16384
+MOST_TOKENS = 16384  # bounds memory and time; layers wider than 4096 neurons get fewer than PER_NEURON for each
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,10 @@ def findings(card: ResultCard) -> tuple[str, ...]:
             f"Bytes on disk are not like with like: the reference is stored as {reference.disk_format}, the result as "
             f"{model.disk_format}; stored as the result is, the reference would take about {human(alike)}."
         )
+    if reference.disk_format == "gguf" and reference.memory is not None:
+        said.append(
+            "The reference's peak memory includes de-quantising its GGUF file, which transformers does as it loads."
+        )
     if card.speed is not None:
         said += [
             sentence

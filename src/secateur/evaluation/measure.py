@@ -21,7 +21,7 @@ from secateur.evaluation.speed import PREFILL
 from secateur.evaluation.speed import speed as measure_speed
 from secateur.evaluation.text import Tokens, check_same_tokenizer, read_text, self_written, tokenize
 from secateur.network.locate import locate
-from secateur.network.source import load, open_model
+from secateur.network.source import check_device, load, open_model
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WINDOW = 1024
@@ -69,12 +69,13 @@ def evaluate(
     prefill, decode: as in `speed`. dtype, device: what a MODEL is loaded as; live modules stay as they are. seed: of
     the self-written text and of the tokens that speed is measured on. progress: opens a bar for a label and a total.
 
-    Raises RequestError when the text is missing or too short for the windows, or the tokenizers differ; RunError when a
-    model gives non-finite logits or a clean process cannot load it.
+    Raises RequestError when the text is missing or too short for the windows, the tokenizers differ, or the device cannot
+    be used; RunError when a model gives non-finite logits or a clean process cannot load it.
     """
     content = read_text(text) if text is not None else None
     if dtype not in DTYPES:
         raise RequestError(f"The dtype {dtype!r} is not one of {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}")
+    check_device(device)
     specs = [model] if reference is None else [model, reference]
     for spec in specs:
         if not isinstance(spec, tuple):

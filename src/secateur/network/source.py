@@ -134,6 +134,20 @@ def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> nn.Mo
     return model.eval()
 
 
+def check_device(device: str) -> None:
+    """Raises RequestError when torch knows no such device or this machine has none."""
+    try:
+        usable = torch.device(device).type != "meta"  # holds no numbers
+        # only using it tells: what a missing device raises depends on how torch was built
+        torch.empty(1, device=device)
+    except Exception as error:
+        raise RequestError(
+            f"the device '{device}' cannot be used here ({line(error)}); name another, such as cpu."
+        ) from error
+    if not usable:
+        raise RequestError(f"the device '{device}' computes nothing; name another, such as cpu.")
+
+
 def open_model(spec: str | Path | nn.Module, *, work: Path | None = None, trust_remote_code: bool = False) -> Source:
     """Opens MODEL: a directory, a hub id, a `.gguf` file, `package:NAME`, or a live module.
 
@@ -251,7 +265,10 @@ def _converted(place: Place, work: Path | None, trust_remote_code: bool) -> Sour
     if not (target / "config.json").exists():
         count = sum(parameter.numel() for parameter in skeleton(config, trust_remote_code).parameters())
         size = human(count * conversion_dtype(place, config).itemsize)
-        logger.info("%s is converted once to safetensors: this needs about %s of memory and of disk.", place.spec, size)
+        # a warning, because levels below are not shown by default and this is what minutes are spent on
+        logger.warning(
+            "%s is converted once to safetensors: this needs about %s of memory and of disk.", place.spec, size
+        )
         partial = work / "source.partial"
         shutil.rmtree(partial, ignore_errors=True)
         model = _whole(place, config, exact, trust_remote_code)

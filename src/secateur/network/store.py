@@ -19,7 +19,10 @@ logger = logging.getLogger(__name__)
 # Weights in any form, what describes them, and what is written anew.
 _NOT_COPIED = (
     ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json", ".py",
+    ".ot", ".tflite", ".ckpt", ".npz", ".npy", ".pkl", ".zip", ".tar", ".gz",
 )  # fmt: skip
+_ADAPTER = "adapter_"  # made for the widths of the source; transformers would try to put it on the result
+_COMPANION_BYTES = 64 * 10**6  # nothing but weights is larger, whatever it is called
 _WRITTEN_ANEW = {"config.json", "README.md", "secateur.json"}
 
 
@@ -144,19 +147,30 @@ def write_config(directory: Path, raw: Mapping[str, Any], dtype: torch.dtype | N
     write_json(directory / "config.json", raw)
 
 
-def copy_companions(source: Source, directory: Path) -> None:
+def companions(source: Source) -> list[Path]:
     """Tokenizer, generation config, licence and other small files; a model's own code only where it may run."""
-    if source.directory is None:
-        generation = getattr(source.live, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(directory)
-        return
-    for path in sorted(source.directory.iterdir()):
+    found = []
+    for path in sorted(source.directory.iterdir()) if source.directory else ():
         code = path.suffix == ".py" and source.trust_remote_code
-        copied = not path.name.endswith(_NOT_COPIED) and path.name not in _WRITTEN_ANEW
+        copied = (
+            not path.name.endswith(_NOT_COPIED)
+            and not path.name.startswith(_ADAPTER)
+            and path.name not in _WRITTEN_ANEW
+            and path.stat().st_size <= _COMPANION_BYTES
+        )
         if path.is_file() and not path.name.startswith(".") and (copied or code):
-            with atomic(directory / path.name) as partial:
-                shutil.copyfile(path, partial)
+            found.append(path)
+    return found
+
+
+def copy_companions(source: Source, directory: Path) -> None:
+    """Copies what goes with the weights; a live module has a generation config at most."""
+    for path in companions(source):
+        with atomic(directory / path.name) as partial:
+            shutil.copyfile(path, partial)
+    generation = getattr(source.live, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(directory)
 
 
 def check_output(output: Path, source: Source) -> None:

@@ -18,8 +18,8 @@ def eliminate(
         weight: (n, m) matrix that reads them.
         keep: how many inputs stay.
         ridge: relative to each input's own energy, so that a few massive inputs do not decide how the rest is damped.
-        group: inputs removed between two computations of the costs.
             Ten and a hundred times as much is tried where it leaves the matrix indefinite.
+        group: inputs removed between two computations of the costs.
         constant: the last input is a constant 1 (its column a bias): it is refitted, never removed, and not counted.
 
     Returns: sorted indices (keep,) of the inputs that stay, and the new columns (n, keep), or (n, keep + 1) with the bias.

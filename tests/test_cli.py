@@ -19,6 +19,7 @@ from command import compress, secateur, snapshot
 from secateur import registry, run
 from secateur.network.source import open_model
 from secateur.recipe import Evaluate
+from secateur.workspace import Workspace
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("shared_clean")
@@ -67,6 +68,25 @@ def test_the_numbers_of_a_dry_run_are_right(
     assert said["bytes_written"] == sum(tensor.nbytes for tensor in tensors)
     headers = sum(file.stat().st_size for file in files) - said["bytes_written"]
     assert headers < 200 * len(tensors), "what files hold beside the weights is nothing in a model of real size"
+
+
+def test_a_dry_run_counts_what_lies_on_disk_before_the_end(
+    model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = run.Recipe.parse({"steps": [{"zipf_surgeon": {"ratio": 0.2}}, {"magnitude_units": {"ratio": 0.25}}]})
+    given = {"recipe": recipe, "output": tmp_path / "out"}
+    said = run.dry_run(model("llama"), **given)["disk_needed"]
+    taken, finish = [], Workspace.finish
+
+    def look(workspace: Workspace, receipt: dict) -> None:
+        weighed = [path for path in (tmp_path / "out").rglob("*.safetensors") if path.parent.name != "secateur"]
+        taken.append(sum(tensor.nbytes for path in weighed for tensor in load_file(path).values()))
+        finish(workspace, receipt)
+
+    monkeypatch.setattr(Workspace, "finish", look)
+    run.compress(model("llama"), evaluate=False, **given)
+    [needed] = taken
+    assert needed <= said < 1.35 * needed, "an upper bound: the width that the source has is counted everywhere"
 
 
 def test_a_dry_run_of_what_must_be_converted(tmp_path: Path) -> None:

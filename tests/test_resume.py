@@ -106,6 +106,7 @@ def test_a_run_killed_at_every_rename_in_turn(
 # SIGKILL in a process of its own. Where it strikes: the function that is replaced by the end of everything.
 STRIKES = {
     "reading": "import secateur.network.source as m; m.sha256 = die",
+    "statistics": "import secateur.files as m; m._flush = lambda path: die() if 'grams/1' in str(path) else None",
     "training": "import secateur.methods.structure.prunenet as m; m.StableLearner.update = die",
     "writing a shard": "import secateur.files as m; m._flush = lambda path: die() if 'model-00002' in str(path) else None",
     "finishing": "import secateur.stage as m; m.write_config = die",
@@ -118,7 +119,7 @@ STRIKES = {
     [pytest.param(w, marks=() if w in ("training", "writing a shard") else pytest.mark.every) for w in STRIKES],
 )
 def test_sigkill(where: str, run: Callable, model: Make, tmp_path: Path, undisturbed: Callable) -> None:
-    name = "prunenet" if where == "training" else "random_units"
+    name = {"training": "prunenet", "statistics": "zipf_surgeon"}.get(where, "random_units")
     source = model("llama")
     if where == "converting":
         source = tmp_path / "bin"

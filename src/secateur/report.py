@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
+from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import Progress, silent
 from secateur.errors import SecateurError
 from secateur.evaluation import ResultCard, evaluate, render
 from secateur.files import human
 from secateur.network.source import Source, conversion_dtype
-from secateur.recipe import Evaluate
+from secateur.recipe import Evaluate, Step
 from secateur.registry import find
 
 
@@ -224,9 +225,15 @@ def show_inspection(source: Source, console: Console) -> None:
 
 
 def forecast(
-    original: Source, stage_widths: Mapping[int, int] | None, output: Path, dtype: torch.dtype | None
+    original: Source,
+    stage_widths: Mapping[int, int] | None,
+    output: Path,
+    dtype: torch.dtype | None,
+    steps: Sequence[Step],
 ) -> dict[str, Any]:
-    """What a run would cut, write and need, from headers and shapes alone."""
+    """What a run would cut, write and need, from headers and shapes alone. The disk it needs is an upper bound: models
+    between steps and kept statistics are counted at the width that the source has.
+    """
     from secateur.network.store import stored_dtype
     from secateur.network.stream import pieces
 
@@ -235,6 +242,14 @@ def forecast(
         for block in original.anatomy.blocks
         if stage_widths and block.feed_forward and block.index in stage_widths
     }
+
+    def statistics(step: Step) -> int:
+        if SyntheticGram not in step.registered.needs.values():
+            return 0
+        layers = [block.feed_forward for block in original.anatomy.blocks if block.feed_forward]
+        # what refits from a statistic leaves new output weights in float32 beside it until the end
+        return sum(SyntheticGram.bytes(layer.units) + 4 * layer.hidden * layer.units for layer in layers)
+
     removed: dict[str, int] = {}
     for block in original.anatomy.blocks:
         for part in block.feed_forward.slices if block.feed_forward and block.index in cut else ():
@@ -250,11 +265,12 @@ def forecast(
             for key, info in original.tensors.items()
         )
         largest = max(sum(original.tensors[key].bytes for key in piece.keys) for piece in pieces(original, 0))
-        extra = 0
+        extra, between = 0, original.bytes
     else:
         precise = conversion_dtype(original.place, original.config)
         written = (total - sum(removed.values())) * stored_dtype(original, dtype, precise).itemsize
-        largest = extra = precise.itemsize * total
+        largest = extra = between = precise.itemsize * total
+    extra += between * (len(steps) - 1) + sum(map(statistics, steps))
     return {
         "parameters": total,
         "parameters_after": total - sum(removed.values()),

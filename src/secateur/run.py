@@ -117,7 +117,7 @@ def dry_run(
     run = _Run(spec, plan, Path(output), device, 0, trust_remote_code, False, 256 * 10**6, silent, None)
     source, _, _, widths = run.look(restart)
     wanted = getattr(torch, plan.dtype) if plan.dtype else None
-    said = forecast(source, widths, Path(output), wanted)
+    said = forecast(source, widths, Path(output), wanted, plan.steps)
     place = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
     said["disk_free"] = shutil.disk_usage(place).free
     if not source.tensors:

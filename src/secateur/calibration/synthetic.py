@@ -42,6 +42,11 @@ class SyntheticGram:
     mean: Tensor
     tokens: int
 
+    @staticmethod
+    def bytes(units: int) -> int:
+        """What is kept of a layer of `units` neurons."""
+        return 4 * units * (units + 1)
+
     @classmethod
     def read(cls, path: Path) -> "SyntheticGram":
         tensors, _ = read_tensors(path)

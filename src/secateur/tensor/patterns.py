@@ -1,0 +1,114 @@
+"""Which weights go: exact numbers of them, ties broken by index, masks stored explicitly.
+
+A mask is a bool tensor of the weight's shape, True where a weight stays. Scores say what a weight is worth: the lowest go.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a matrix is to lose.
+
+    One of three: a `fraction` of its weights, 0 ≤ fraction < 1; all but `kept` `of` every so many consecutive inputs
+    (N:M, N kept of M); or a fraction of its tiles of `block` = (outputs, inputs), each kept or removed whole.
+    """
+
+    fraction: float | None = None
+    kept: int | None = None
+    of: int | None = None
+    block: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: str | float) -> "Pattern":
+        """From how people write it: 0.5, "2:4" (2 kept of 4), "0.5/16x16". Raises ValueError for anything else."""
+        text = str(text).strip()
+        if found := re.fullmatch(r"(\d+):(\d+)", text):
+            kept, of = map(int, found.groups())
+            if not 0 < kept <= of:
+                raise ValueError(f"{text} keeps {kept} of {of}; N:M keeps at least one and at most M")
+            return cls(kept=kept, of=of)
+        number, slash, tile = text.partition("/")
+        try:
+            fraction = float(number)
+        except ValueError:
+            raise ValueError(
+                f"{text} is neither a fraction (0.5), N:M (2:4) nor a fraction of tiles (0.5/16x16)"
+            ) from None
+        if not 0 <= fraction < 1:
+            raise ValueError(f"{text} removes a fraction outside [0, 1)")
+        if not slash:
+            return cls(fraction=fraction)
+        if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", tile)):
+            raise ValueError(f"{text} names no tile; write outputs x inputs, such as 0.5/16x16")
+        return cls(fraction=fraction, block=(int(found[1]), int(found[2])))
+
+    def __str__(self) -> str:
+        if self.of is not None:
+            return f"{self.kept}:{self.of}"
+        tile = f"/{self.block[0]}x{self.block[1]}" if self.block else ""
+        return f"{self.fraction:g}{tile}"
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights that it removes."""
+        if self.of is not None and self.kept is not None:
+            return 1 - self.kept / self.of
+        return float(self.fraction or 0.0)
+
+
+def shares(total: int, sizes: Sequence[int]) -> list[int]:
+    """Splits `total` among parts in proportion to their sizes, in whole numbers that sum to it exactly.
+
+    Rounding errors are carried along, so that any run of neighbours is within one of its due.
+    """
+    whole, given, seen = sum(sizes), 0, 0
+    result = []
+    for size in sizes:
+        seen += size
+        due = (2 * total * seen + whole) // (2 * whole) if whole else 0  # rounded to nearest, in integers
+        result.append(due - given)
+        given = due
+    return result
+
+
+def keep_per_row(scores: Tensor, remove: Sequence[int]) -> Tensor:
+    """(r, d) mask that removes the remove[i] lowest scores of row i; among equals the first go."""
+    order = scores.sort(dim=1, stable=True).indices
+    counts = torch.tensor(remove, device=scores.device).unsqueeze(1)
+    gone = torch.arange(scores.shape[1], device=scores.device) < counts
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order, ~gone)
+
+
+def keep_overall(scores: Tensor, remove: int) -> Tensor:
+    """Mask of any shape that removes the `remove` lowest scores of all; among equals the first go."""
+    kept = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
+    if remove:
+        flat = scores.reshape(-1)
+        # several times faster than sorting everything; only what equals the threshold needs an order
+        threshold = flat.kthvalue(remove).values
+        below = flat < threshold
+        ties = (flat == threshold).nonzero()[: remove - int(below.sum()), 0]
+        kept[below] = False
+        kept[ties] = False
+    return kept.view(scores.shape)
+
+
+def keep_n_of_m(scores: Tensor, kept: int, of: int) -> Tensor:
+    """(r, d) mask that keeps the `kept` highest of every `of` consecutive columns; `of` divides d, ties as elsewhere."""
+    rows, columns = scores.shape
+    groups = scores.reshape(-1, of)
+    return keep_per_row(groups, [of - kept] * len(groups)).view(rows, columns)
+
+
+def keep_blocks(scores: Tensor, block: tuple[int, int], remove: int) -> Tensor:
+    """(r, d) mask that removes the `remove` tiles of shape `block` with the lowest sums of scores; tiles divide (r, d)."""
+    rows, columns = scores.shape[0] // block[0], scores.shape[1] // block[1]
+    sums = scores.view(rows, block[0], columns, block[1]).sum(dim=(1, 3))
+    kept = keep_overall(sums, remove)
+    return kept.repeat_interleave(block[0], dim=0).repeat_interleave(block[1], dim=1)

@@ -1,0 +1,68 @@
+"""Masks: exact counts, ties by index, what people may write."""
+
+import pytest
+import torch
+
+from secateur.tensor.patterns import Pattern, keep_blocks, keep_n_of_m, keep_overall, keep_per_row, shares
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("0.5", Pattern(0.5)),
+        (0, Pattern(0.0)),
+        ("2:4", Pattern(kept=2, of=4)),
+        ("4:4", Pattern(kept=4, of=4)),
+        (" 0.25/4x8", Pattern(0.25, block=(4, 8))),
+    ],
+)
+def test_patterns_as_people_write_them(text: str | float, pattern: Pattern) -> None:
+    assert Pattern.parse(text) == pattern
+    assert Pattern.parse(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize("text", ["1", "-0.1", "0:4", "5:4", "half", "0.5/", "0.5/4", "0.5/0x4", "nan", ""])
+def test_what_is_no_pattern(text: str) -> None:
+    with pytest.raises(ValueError, match=text or "neither"):
+        Pattern.parse(text)
+
+
+def test_shares_are_whole_and_sum_to_the_total() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        sizes = torch.randint(0, 50, (7,), generator=generator).tolist()
+        total = int(torch.randint(0, sum(sizes) + 1, (1,), generator=generator))
+        parts = shares(total, sizes)
+        assert sum(parts) == total
+        assert all(0 <= part <= size for part, size in zip(parts, sizes, strict=True))
+        assert all(abs(part - total * size / sum(sizes)) <= 1 for part, size in zip(parts, sizes, strict=True))
+
+
+def test_exactly_so_many_go_and_the_first_of_equals() -> None:
+    scores = torch.tensor([[1.0, 0.0, 1.0, 2.0], [3.0, 3.0, 3.0, 3.0]])
+    assert keep_per_row(scores, [2, 3]).tolist() == [[False, False, True, True], [False, False, False, True]]
+    assert keep_overall(scores, 2).tolist() == [[False, False, True, True], [True] * 4]
+    assert keep_overall(scores, 5).tolist() == [[False, False, False, False], [False, True, True, True]]
+    assert keep_n_of_m(scores, 1, 2).tolist() == [[True, False, False, True], [False, True, False, True]]
+    assert keep_overall(scores, 0).all()
+    assert not keep_overall(scores, 8).any()
+
+
+def test_the_lowest_go() -> None:
+    scores = torch.randn(20, 30, generator=torch.Generator().manual_seed(1))
+    counts = list(range(20))
+    kept = keep_per_row(scores, counts)
+    assert (~kept).sum(dim=1).tolist() == counts
+    for row, mask in zip(scores, kept, strict=True):
+        assert mask.all() or row[~mask].numel() == 0 or row[~mask].max() < row[mask].min()
+    kept = keep_overall(scores, 123)
+    assert int((~kept).sum()) == 123 and scores[~kept].max() < scores[kept].min()
+
+
+def test_tiles_go_whole() -> None:
+    scores = torch.rand(8, 12, generator=torch.Generator().manual_seed(2))
+    kept = keep_blocks(scores, (4, 3), 5)
+    tiles = kept.view(2, 4, 4, 3).float().mean(dim=(1, 3))
+    assert set(tiles.flatten().tolist()) == {0.0, 1.0} and int((tiles == 0).sum()) == 5
+    sums = scores.view(2, 4, 4, 3).sum(dim=(1, 3))
+    assert sums[tiles == 0].max() < sums[tiles == 1].min()

@@ -16,7 +16,7 @@ import gguf_file
 import outcome
 import tiny
 from command import compress, secateur, snapshot
-from secateur import registry, run
+from secateur import forecast, registry, run
 from secateur.network.source import open_model
 from secateur.recipe import Evaluate
 from secateur.workspace import Workspace
@@ -57,7 +57,7 @@ def test_the_numbers_of_a_dry_run_are_right(
 ) -> None:
     recipe = run.Recipe.parse({"steps": [{"random_units": {"ratio": 0.2}}, {"magnitude_units": {"ratio": 0.25}}]})
     given = {"recipe": recipe, "output": tmp_path / "out", **arguments}
-    said = run.dry_run(model(name, **options), **given)
+    said = forecast.dry_run(model(name, **options), **given)
     run.compress(model(name, **options), evaluate=False, **given)
     result = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert said["parameters"] == outcome.parameters(tiny.make(name))
@@ -75,7 +75,7 @@ def test_a_dry_run_counts_what_lies_on_disk_before_the_end(
 ) -> None:
     recipe = run.Recipe.parse({"steps": [{"zipf_surgeon": {"ratio": 0.2}}, {"magnitude_units": {"ratio": 0.25}}]})
     given = {"recipe": recipe, "output": tmp_path / "out"}
-    said = run.dry_run(model("llama"), **given)["disk_needed"]
+    said = forecast.dry_run(model("llama"), **given)["disk_needed"]
     taken, finish = [], Workspace.finish
 
     def look(workspace: Workspace, receipt: dict) -> None:
@@ -95,7 +95,7 @@ def test_a_dry_run_of_what_must_be_converted(tmp_path: Path) -> None:
     told = compress(tmp_path / "small.gguf", tmp_path / "out", "--dry-run")
     assert told.code == 0, told.err
     assert "not known before" in told.out and snapshot(tmp_path) == before
-    said = run.dry_run(
+    said = forecast.dry_run(
         tmp_path / "small.gguf", recipe=run.Recipe.parse({"steps": ["random_units"]}), output=tmp_path / "o"
     )
     run.compress(tmp_path / "small.gguf", "random_units", output=tmp_path / "out", evaluate=False)

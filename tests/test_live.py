@@ -47,11 +47,13 @@ def masked(module: nn.Module, kept: list[torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "opt", "llama_tied"])
 def test_each_layer_has_its_ratio(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, kept = tiny.make(name), []
-    from secateur import run
+    from secateur import unit_stage
 
-    cut_module = run.cut_module
+    cut_module = unit_stage.cut_module
     monkeypatch.setattr(
-        run, "cut_module", lambda m, a, cuts: (kept.extend(c.kept for c in cuts.values()), cut_module(m, a, cuts))
+        unit_stage,
+        "cut_module",
+        lambda m, a, cuts: (kept.extend(c.kept for c in cuts.values()), cut_module(m, a, cuts)),
     )
     before, pointers = logits(module), [p.data_ptr() for p in module.parameters()]
     result = secateur.compress(module, "prunenet", {"ratios": RATIOS, "multiple_of": 1, "episodes": 1})

@@ -1,4 +1,4 @@
-"""Every registered method over every tiny architecture that it can cut. A method joins by being registered."""
+"""Every registered method over every tiny architecture that it can treat. A method joins by being registered."""
 
 import json
 from collections.abc import Callable
@@ -16,32 +16,63 @@ from secateur.registry import methods
 
 # `make test` runs two architectures, .ci/run all of them.
 FIRST = ("llama", "gpt2")
-# No feed-forward of its own, or a width that its configuration cannot say: every width method must refuse these.
+# No feed-forward of its own, or a width that its configuration cannot say: every method that cuts neurons must refuse these.
 REFUSED = ("bloom", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_mixed", "olmoe", "mamba")
 # Small enough for seconds, large enough that a kill finds a method half way.
 QUICK = {"prunenet": {"episodes": 3}}
 WIDTH = 128  # of 160, at ratio 0.2, a multiple of 32
+SPARSITY = 0.37  # no whole number of weights in any row
 
 
 def _cases() -> list:
     return [
-        pytest.param(method, name, id=f"{method}-{name}", marks=() if name in FIRST else pytest.mark.every)
-        for method in methods()
+        pytest.param(method.name, name, id=f"{method.name}-{name}", marks=() if name in FIRST else pytest.mark.every)
+        for method in methods().values()
         for name in tiny.ARCHITECTURES
-        if name not in REFUSED
+        if not (_cuts(method.name) and name in REFUSED)
     ]
 
 
-def _run(method: str, source: Path, output: Path, clean: CleanProcess) -> None:
-    secateur.compress(
-        source,
-        method,
-        {"ratio": 0.2, **QUICK.get(method, {})},
-        output=output,
-        evaluate=False,
-        shard_bytes=1,
-        clean=clean,
+def _cuts(method: str) -> bool:
+    """Whether it removes neurons; the others zero or change single weights."""
+    return methods()[method].scope in ("units", "network")
+
+
+def _recipe(method: str, ids: Path) -> secateur.Recipe:
+    parameters = {"ratio": 0.2} if _cuts(method) else {"pattern": SPARSITY}
+    step = {method: {**parameters, **QUICK.get(method, {})}}
+    learns = secateur.Recipe.parse({"steps": [step]}).calibrated
+    calibration = {"calibration": {"data": str(ids), "samples": 6, "length": 16}} if learns else {}
+    return secateur.Recipe.parse({"steps": [step], **calibration})
+
+
+@pytest.fixture(scope="session")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token ids to calibrate on."""
+    path = tmp_path_factory.mktemp("calibration") / "ids.json"
+    drawn = torch.randint(3, tiny.VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
+    path.write_text(json.dumps(drawn.tolist()))
+    return path
+
+
+def _check_cut(source: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
+    blocks = len(secateur.network.source.open_model(source).anatomy.blocks)
+    per_neuron = (outcome.parameters(dense) - outcome.parameters(result)) / (tiny.UNITS - WIDTH) / blocks
+    assert per_neuron == int(per_neuron) >= 2 * tiny.HIDDEN, "whole neurons are gone, and nothing else"
+
+
+def _check_zeros(output: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
+    masks = secateur.read_masks(output)
+    removed, of = sum(int((~mask).sum()) for mask in masks.values()), sum(mask.numel() for mask in masks.values())
+    assert removed == pytest.approx(SPARSITY * of, abs=len(masks)), "what was asked for is gone"
+    before, after = dict(dense.named_parameters()), dict(result.named_parameters())
+    zeros = sum(int((after[name] == 0).sum()) for name in after)
+    assert zeros == removed + sum(int((p == 0).sum()) for p in before.values()), (
+        "zeros are where masks say, and nowhere else"
     )
+    pruned = {name.partition("[")[0] for name, mask in masks.items() if not mask.all()}
+    for name, parameter in before.items():
+        assert torch.equal(parameter, after[name]) != (name in pruned), f"{name} changes only if it is pruned"
 
 
 @pytest.mark.parametrize(("method", "name"), _cases())
@@ -50,39 +81,44 @@ def test_every_method_on_every_architecture(
     name: str,
     model: Callable[..., Path],
     clean: CleanProcess,
+    ids: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    recipe = _recipe(method, ids)
+
+    def run(output: Path) -> None:
+        secateur.compress(source, recipe=recipe, output=output, evaluate=False, shard_bytes=1, clean=clean)
+
     source, first, second, killed = model(name), tmp_path / "first", tmp_path / "second", tmp_path / "killed"
     before = outcome.promised(source)
 
-    _run(method, source, first, clean)
+    run(first)
     dense = AutoModelForCausalLM.from_pretrained(source)
     result = AutoModelForCausalLM.from_pretrained(first)
-    blocks = len(secateur.network.source.open_model(source).anatomy.blocks)
-    per_neuron = (outcome.parameters(dense) - outcome.parameters(result)) / (tiny.UNITS - WIDTH) / blocks
-    assert per_neuron == int(per_neuron) >= 2 * tiny.HIDDEN, "whole neurons are gone, and nothing else"
+    _check_cut(source, dense, result) if _cuts(method) else _check_zeros(first, dense, result)
 
-    ids = [prompt(tiny.VOCABULARY)]
+    words = [prompt(tiny.VOCABULARY)]
     with torch.no_grad():
-        here = result.eval()(torch.tensor(ids)).logits
-    torch.testing.assert_close(clean.logits(first, ids), here, atol=1e-5, rtol=1e-5)
-    tokens = result.generate(torch.tensor(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert tokens.shape[1] > len(ids[0]), "the result generates"
+        here = result.eval()(torch.tensor(words)).logits
+    torch.testing.assert_close(clean.logits(first, words), here, atol=1e-5, rtol=1e-5)
+    tokens = result.generate(torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert tokens.shape[1] > len(words[0]), "the result generates"
 
-    _run(method, source, second, clean)
+    run(second)
     assert outcome.promised(first) == outcome.promised(second), "one seed, one result"
 
     with monkeypatch.context() as patch:
         counter = outcome.kill_at_rename(patch, 4)
         with pytest.raises(outcome.Killed):
-            _run(method, source, killed, clean)
+            run(killed)
     assert counter["renames"] == 5
-    _run(method, source, killed, clean)
+    run(killed)
     assert outcome.promised(first) == outcome.promised(killed), "a kill leaves no trace"
     assert outcome.promised(source) == before, "the source is never written"
     assert not (killed / ".secateur").exists()
-    assert json.loads((first / "secateur.json").read_text())["recipe"]["steps"][0][method]["ratio"] == 0.2
+    said = json.loads((first / "secateur.json").read_text())["recipe"]
+    assert secateur.Recipe.parse(said).identity() == recipe.identity(), "the receipt holds the recipe"
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "mamba" else pytest.mark.every) for n in REFUSED])

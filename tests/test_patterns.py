@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secateur.tensor.patterns import Pattern, keep_blocks, keep_n_of_m, keep_overall, keep_per_row, shares
+from secateur.tensor.patterns import Budget, Pattern, keep_blocks, keep_n_of_m, keep_overall, keep_per_row, shares
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,14 @@ def test_the_lowest_go() -> None:
     assert int((~kept).sum()) == 123 and scores[~kept].max() < scores[kept].min()
 
 
+@pytest.mark.parametrize(("kept", "of"), [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (7, 8), (4, 16), (12, 16)])
+def test_n_of_m_is_the_same_choice_in_every_group(kept: int, of: int) -> None:
+    scores = torch.randint(0, 6, (12, 48), generator=torch.Generator().manual_seed(kept)).float()
+    expected = keep_per_row(scores.view(-1, of), [of - kept] * (12 * 48 // of)).view(12, 48)
+    assert torch.equal(keep_n_of_m(scores, kept, of), expected)
+    assert not expected.all() and (expected.view(-1, of).sum(dim=1) == kept).all()
+
+
 def test_tiles_go_whole() -> None:
     scores = torch.rand(8, 12, generator=torch.Generator().manual_seed(2))
     kept = keep_blocks(scores, (4, 3), 5)
@@ -66,3 +74,20 @@ def test_tiles_go_whole() -> None:
     assert set(tiles.flatten().tolist()) == {0.0, 1.0} and int((tiles == 0).sum()) == 5
     sums = scores.view(2, 4, 4, 3).sum(dim=(1, 3))
     assert sums[tiles == 0].max() < sums[tiles == 1].min()
+
+
+@pytest.mark.parametrize("text", ["0.5", "0.37", "2:4", "1:4", "0.25/4x8", "0"])
+@pytest.mark.parametrize("per", ["row", "layer"])
+def test_a_budget_is_met_to_one_weight(text: str, per: str) -> None:
+    budget = Budget.uniform(Pattern.parse(text), (12, 40))
+    kept = budget.mask(torch.rand(12, 40, generator=torch.Generator().manual_seed(3)), per)
+    assert int((~kept).sum()) == budget.weights
+    tile = 32 if "x" in text else 1
+    assert abs(budget.weights - Pattern.parse(text).sparsity * 480) <= tile / 2
+    assert sum(budget.rows()) == sum(budget.columns([16, 16, 8])) == budget.remove
+
+
+@pytest.mark.parametrize("text", ["2:4", "0.5/4x4", "0.5/3x2"])
+def test_a_matrix_that_the_pattern_does_not_fit(text: str) -> None:
+    with pytest.raises(ValueError, match="needs|divide"):
+        Budget.uniform(Pattern.parse(text), (10, 6))

@@ -74,7 +74,7 @@ def test_opening_reads_no_weights(model: Make, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("secateur.network.checkpoint.safe_open", Headers)
     monkeypatch.setattr("secateur.network.source.safe_open", None)
     found = open_model(source)
-    assert len(found.anatomy.blocks) == tiny.BLOCKS and len(found.keys) == len(found.tensors)
+    assert len(found.anatomy.blocks) == tiny.BLOCKS and len(found.parts) == len(found.tensors)
     assert len(found.files) > 1 and not opened, "no file is left open"
     assert all(parameter.is_meta for parameter in found.skeleton.parameters())
 

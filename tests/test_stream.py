@@ -19,19 +19,13 @@ from secateur.network.verify import CleanProcess, prompt, stored
 
 Make = Callable[..., Path]
 IDS = torch.tensor([prompt(tiny.VOCABULARY), list(range(40, 72))])
-FIRST = ("llama", "llama_tied", "gpt2", "gemma2", "opt", "phi3")
+FIRST = ("llama", "llama_tied", "gpt2", "gemma2", "opt", "phi3", "mixtral", "qwen2_moe", "qwen3_moe_mixed", "mamba")
 ALL = [pytest.param(name, marks=() if name in FIRST else pytest.mark.every) for name in tiny.ARCHITECTURES]
-# transformers 5 keeps the experts of these merged in memory and apart in the file, so they cannot be streamed
-APART = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_mixed", "olmoe")
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_streamed_logits_are_those_of_the_whole_model(name: str, model: Make) -> None:
     source = open_model(model(name))
-    if name in APART:
-        with pytest.raises(secateur.RequestError, match="layout that is not supported"):
-            streamed_logits(source.skeleton, source.anatomy, stored(source), IDS)
-        return
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(model(name), dtype=torch.float32).eval()(IDS).logits
     found = streamed_logits(source.skeleton, source.anatomy, stored(source), IDS)
@@ -46,7 +40,8 @@ def test_one_block_is_in_memory_at_a_time(name: str, model: Make) -> None:
     peaks: list[tuple[int, int]] = []
 
     def look(*_: object) -> None:
-        here = [n for n, p in skeleton.named_parameters() if not p.is_meta]
+        # what waits to be read is on no device, or one number seen in every place
+        here = [n for n, p in skeleton.named_parameters() if not p.is_meta and p.untyped_storage().nbytes() > 4]
         blocks = {inside[n] for n in here if n in inside}
         peaks.append((len(blocks), len([n for n in here if n not in inside])))
 

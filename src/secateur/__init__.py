@@ -2,6 +2,7 @@
 
 from secateur.errors import RequestError, RunError, SecateurError
 from secateur.evaluation import ResultCard, evaluate
+from secateur.network.masks import read_masks
 from secateur.recipe import Recipe
 from secateur.registry import methods as list_methods
 from secateur.run import Result, compress
@@ -16,4 +17,5 @@ __all__ = [
     "compress",
     "evaluate",
     "list_methods",
+    "read_masks",
 ]

@@ -51,9 +51,13 @@ def compress(
         str | None, typer.Option(help="What a whole model may take when checked, such as 8GB.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Start over instead of going on.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done and needed; write nothing.")
-    ] = False,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and needed; write nothing.")] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="What data-driven methods learn from: a text or JSON file, dataset:NAME, or self."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="How many calibration sequences.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of each.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text for the perplexity on the result card.")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="How many windows of that text; default all.")] = None,
     evaluate: Annotated[bool, typer.Option(help="Measure the result against the original.")] = True,
@@ -65,10 +69,10 @@ def compress(
     """Compresses MODEL and writes it as an ordinary model directory that plain transformers opens."""
     # joined before anything can fail, so that what fails in every process is told by one
     with _told(log_level, debug), process_group():
+        from secateur.forecast import dry_run
         from secateur.recipe import Evaluate, Recipe
         from secateur.report import show
         from secateur.run import compress as run
-        from secateur.run import dry_run as forecast
 
         if (method is None) == (recipe is None):
             raise RequestError("give either --method NAME or --recipe FILE.")
@@ -79,11 +83,13 @@ def compress(
             # what else the recipe wants measured stays as it is
             wanted = plan.evaluate if isinstance(plan.evaluate, Evaluate) else Evaluate()
             plan = plan.model_copy(update={"evaluate": wanted.model_copy(update=asked)})
+        learned = {"data": calibration, "samples": samples, "length": length}
+        plan = plan.with_calibration({key: value for key, value in learned.items() if value is not None})
         if output is None:
             raise RequestError("name the directory to write with --output DIR.")
         options: dict[str, Any] = {"recipe": plan, "output": output, "seed": seed, "dtype": dtype, "device": device}
-        if dry_run:
-            _print_forecast(forecast(model, restart=restart, trust_remote_code=trust_remote_code, **options))
+        if dry:
+            _print_forecast(dry_run(model, restart=restart, trust_remote_code=trust_remote_code, **options))
             return
         result = run(
             model,

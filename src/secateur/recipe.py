@@ -8,9 +8,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from secateur.calibration.samples import Calibration
 from secateur.errors import RequestError, suggest
 from secateur.files import sha256
-from secateur.registry import Method, find
+from secateur.registry import COMMON, Method, find
+from secateur.solving import Solver
 
 
 class Step(BaseModel):
@@ -24,6 +26,11 @@ class Step(BaseModel):
     @property
     def registered(self) -> Method:
         return find(self.method)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it learns from text, itself or through a method that it names."""
+        return self.registered.scope == "weight" and Solver.of(self.registered, self.parameters).calibrated
 
     def plain(self) -> dict[str, Any]:
         """As it is written in a recipe: {method: {parameter: value}}, in plain data."""
@@ -48,6 +55,7 @@ class Recipe(BaseModel):
         seed: every random stream of the run is addressed from it.
         dtype: dtype of the written weights; None keeps the source's (bfloat16 for GGUF).
         steps: in order.
+        calibration: what methods that learn from text learn from.
         evaluate: what to measure on the result; False for nothing.
     """
 
@@ -57,6 +65,7 @@ class Recipe(BaseModel):
     seed: int = 0
     dtype: str | None = None
     steps: tuple[Step, ...]
+    calibration: Calibration = Calibration()
     evaluate: Evaluate | bool = True
 
     @field_validator("dtype")
@@ -124,11 +133,29 @@ class Recipe(BaseModel):
         raw = self.plain() | {"steps": [{step.method: new} for step, new in zip(self.steps, steps, strict=True)]}
         return Recipe.parse(raw)
 
+    def with_calibration(self, settings: Mapping[str, Any]) -> "Recipe":
+        """This recipe with other calibration settings. Raises RequestError when one is wrong or nothing would use them."""
+        if not settings:
+            return self
+        if not self.calibrated:
+            methods = ", ".join(step.method for step in self.steps)
+            raise RequestError(
+                f"{methods} learns from no text, so it takes no calibration; leave {', '.join(settings)} out."
+            )
+        return Recipe.parse(self.plain() | {"calibration": {**self.calibration.model_dump(), **settings}})
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a step learns from text."""
+        return any(step.calibrated for step in self.steps)
+
     def check_files(self) -> None:
         """Raises RequestError naming the first file that the recipe needs and that is not there."""
         text = self.evaluate.text if isinstance(self.evaluate, Evaluate) else None
         if text is not None and not text.is_file():
             raise RequestError(f"there is no text at {text}.")
+        if self.calibrated:
+            self.calibration.check()
         for step in self.steps:
             for key, value in step.parameters.items():
                 if isinstance(value, Path) and not value.exists():
@@ -147,7 +174,8 @@ class Recipe(BaseModel):
             if isinstance(value, Path)
         }
         plain = self.plain()
-        return {"seed": plain["seed"], "dtype": plain["dtype"], "steps": plain["steps"], "files": files}
+        decides = {"seed": plain["seed"], "dtype": plain["dtype"], "steps": plain["steps"], "files": files}
+        return decides | ({"calibration": self.calibration.identity()} if self.calibrated else {})
 
 
 def _step(entry: Any) -> Step:
@@ -160,7 +188,15 @@ def _step(entry: Any) -> Step:
     [(name, parameters)] = entry.items()
     if parameters is not None and not isinstance(parameters, dict):
         raise RequestError(f"the parameters of step '{name}' must be a mapping, not {parameters!r}.")
-    return Step(method=str(name), parameters=find(str(name)).validate(parameters or {}))
+    method = find(str(name))
+    read = method.validate(parameters or {})
+    if method.scope == "matrices":
+        # an allocation prunes nothing by itself: it is written as a setting of the method that does
+        own = {key: value for key, value in read.items() if key not in COMMON["matrices"]}
+        [(name, given)] = read["apply"].items()
+        settings = {key: read[key] for key in COMMON["weight"] if key in read} | {"allocation": {method.name: own}}
+        return Step(method=name, parameters=find(name).validate({**given, **settings}))
+    return Step(method=method.name, parameters=read)
 
 
 def _plain(value: Any) -> Any:

@@ -19,22 +19,36 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from secateur.calibration.statistics import INPUT_STATISTICS, GatedNorms, Gradients, Gram, InputNorms, Moments
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import Context
 from secateur.errors import RequestError, suggest
-from secateur.network.views import Cut, Network, Plan, Units
+from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Plan, Units, Update, Weight
+from secateur.tensor.patterns import Budget, Pattern
 
 __all__ = [
+    "Allocation",
+    "Budget",
     "Context",
     "Cut",
+    "GatedNorms",
+    "Gradients",
+    "Gram",
+    "InputNorms",
+    "Mask",
+    "MaskFrom",
+    "Matrices",
     "Method",
+    "Moments",
     "Network",
     "Plan",
     "Ratio",
     "SyntheticGram",
     "Units",
+    "Update",
+    "Weight",
     "find",
     "method",
     "methods",
@@ -42,6 +56,59 @@ __all__ = [
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 """Fraction of the units removed, 0 ≤ ratio < 1."""
+
+
+def _other(scope: str) -> Callable[[Any], Any]:
+    """Validates the name of another method of that scope, alone or with parameters: {name: {parameter: value}}."""
+
+    def validate(value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            value = {value: {}}
+        if not isinstance(value, dict) or len(value) != 1 or not isinstance(next(iter(value.values())) or {}, dict):
+            raise ValueError("must be the name of a method, or {name: {parameter: value}}")
+        [(name, parameters)] = value.items()
+        found = find(str(name))
+        if found.scope != scope:
+            wanted = "an allocation" if scope == "matrices" else "a method that zeroes single weights"
+            raise ValueError(f"must name {wanted}; {name} is of kind {found.kind}")
+        # what the engine decides is decided once, by the step itself
+        return {name: {k: v for k, v in found.validate(parameters or {}).items() if k not in COMMON.get(scope, {})}}
+
+    return validate
+
+
+MaskFrom = Annotated[Any, "mask", BeforeValidator(_other("weight"))]
+"""Another method whose mask is used: the engine runs it on the same matrix first and hands in the (r, d) mask, or None."""
+
+_PatternText = Annotated[str, BeforeValidator(lambda value: str(Pattern.parse(value)))]
+_Targets = Annotated[list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+# Parameters that the engine adds to every method of a scope, and decides by: {scope: {name: (type, default, help)}}.
+COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
+    "weight": {
+        "pattern": (
+            _PatternText,
+            "0.5",
+            "what each matrix loses: a fraction (0.5), N kept of M (2:4), or a fraction in whole tiles (0.5/16x16)",
+        ),
+        "targets": (
+            _Targets,
+            None,
+            "matrices to prune: names with * in them, or attention, feed_forward, expert, mixer; default all in the blocks",
+        ),
+        "allocation": (
+            Annotated[Any, BeforeValidator(_other("matrices"))],
+            None,
+            "a method that divides the budget among the matrices, such as alphapruning; default the same fraction for each",
+        ),
+    },
+}
+COMMON["matrices"] = {
+    **{name: COMMON["weight"][name] for name in ("pattern", "targets")},
+    "apply": (MaskFrom, "magnitude", "the method that prunes with this allocation"),
+}
 
 Kind = Literal[
     "structure", "weights", "factors", "quantization", "allocation", "training", "recovery", "inference", "communication",
@@ -51,30 +118,41 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Need:
-    """What asking for a type means: how often the method is called, and what it must return.
+    """What asking for a type means: how often the method is called, and what it must return one of.
 
     beside: another type without which it may not be asked for; it says of what this one is.
     """
 
-    scope: Literal["network", "units", "any"]
-    returns: type | None
+    scope: Literal["network", "units", "weight", "matrices", "any"]
+    returns: tuple[type, ...]
     what: str
     data: str = ""
     beside: type | None = None
 
 
 # The vocabulary of the contract. A new statistic or scope is one line here and its provider in an engine.
+_TEXT = "calibration text"
 NEEDS: dict[type, Need] = {
-    Network: Need("network", Plan, "the whole network's matrices, read lazily"),
-    Units: Need("units", Cut, "the feed-forward neurons of one block"),
+    Network: Need("network", (Plan,), "the whole network's matrices, read lazily"),
+    Units: Need("units", (Cut,), "the feed-forward neurons of one block"),
+    Weight: Need("weight", (Mask, Update), "one matrix"),
+    Matrices: Need("matrices", (Allocation,), "every matrix that is to be pruned, read lazily"),
+    Budget: Need("any", (), "how many weights the matrix loses, in which pattern", beside=Weight),
+    InputNorms: Need("any", (), "mean square of each input of the matrix", _TEXT, beside=Weight),
+    GatedNorms: Need("any", (), "the same, each token counted by its expert's gate", _TEXT, beside=Weight),
+    Moments: Need("any", (), "mean and variance of each input of the matrix", _TEXT, beside=Weight),
+    Gram: Need("any", (), "second moment of the inputs of the matrix", _TEXT, beside=Weight),
+    Gradients: Need(
+        "any", (), "squared gradients of the loss (the whole model in memory)", f"{_TEXT}, gradients", beside=Weight
+    ),
     SyntheticGram: Need(
         "any",
-        None,
+        (),
         "second moment of the layer's neurons on tokens drawn by Zipf's law over the vocabulary's order",
         "drawn tokens (Zipf's law over the vocabulary), no text",
         beside=Units,
     ),
-    Context: Need("any", None, "random streams, resumable state, artifacts, sharing of work"),
+    Context: Need("any", (), "random streams, resumable state, artifacts, sharing of work"),
 }
 
 
@@ -96,13 +174,30 @@ class Method:
 
     @property
     def scope(self) -> str:
-        """Called once for the whole network, or once for the units of each block."""
+        """Called once for the whole network or all matrices, or once for the units of each block or for each matrix."""
         scopes = {NEEDS[need].scope for need in self.needs.values()} - {"any"}
         return scopes.pop()
 
     @property
     def data(self) -> str:
-        return ", ".join(NEEDS[need].data for need in self.needs.values() if NEEDS[need].data) or "none: weights only"
+        asked = dict.fromkeys(NEEDS[need].data for need in self.needs.values() if NEEDS[need].data)
+        return ", ".join(asked) or "none: weights only"
+
+    @property
+    def statistics(self) -> set[type]:
+        """What it asks for of a matrix's inputs."""
+        return {need for need in self.needs.values() if need in INPUT_STATISTICS}
+
+    @property
+    def own(self) -> set[str]:
+        """Its parameters without those that the engine adds."""
+        return set(self.schema.model_fields) - set(COMMON.get(self.scope, {}))
+
+    @property
+    def others(self) -> list[str]:
+        """Its parameters that name another method."""
+        hints = typing.get_type_hints(self.function, include_extras=True)
+        return [name for name, hint in hints.items() if hint is MaskFrom]
 
     @property
     def summary(self) -> str:
@@ -116,8 +211,12 @@ class Method:
                 raise RequestError(
                     f"{self.name} has no parameter '{name}'.{suggest(str(name), known)} It takes: {', '.join(known)}."
                 )
+        # the name of another method is looked up when all are known, so its default is validated here
+        lazy = {
+            name: known[name].default for name in known if _is_other(known[name]) and known[name].default is not None
+        }
         try:
-            return dict(self.schema(**parameters))
+            return dict(self.schema(**{**lazy, **parameters}))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
@@ -192,8 +291,13 @@ def method(
             else:
                 raise TypeError(f"{name}: '{parameter.name}' asks for {hint}, which no engine provides")
         scopes = {NEEDS[need].scope: NEEDS[need].returns for need in needs.values() if NEEDS[need].scope != "any"}
-        if len(scopes) != 1 or hints.get("return") is not next(iter(scopes.values())):
+        if len(scopes) != 1 or hints.get("return") not in next(iter(scopes.values())):
             raise TypeError(f"{name}: must ask for one scope and return what that scope returns, found {scopes}")
+        common = COMMON.get(next(iter(scopes)), {})
+        if taken := set(fields) & set(common):
+            raise TypeError(f"{name}: {sorted(taken)} are the engine's; the method gets what follows from them")
+        own = set(fields)
+        fields |= {key: (hint, default) for key, (hint, default, _) in common.items()}
         for parameter_name, need in needs.items():
             beside = NEEDS[need].beside
             if beside is not None and beside not in needs.values():
@@ -204,19 +308,25 @@ def method(
             name, __config__=pydantic.ConfigDict(extra="forbid", validate_default=False), **fields
         )
         try:
-            schema(**{key: default for key, (_, default) in fields.items()})
+            schema(**{key: fields[key][1] for key in own if not _is_other(schema.model_fields[key])})
         except pydantic.ValidationError as error:
             raise TypeError(f"{name}: a default contradicts its own type: {error}") from error
         help_texts = _parameter_help(inspect.getdoc(function) or "")
-        if missing := set(fields) - set(help_texts):
+        if missing := own - set(help_texts):
             raise TypeError(f"{name}: the docstring says nothing of {sorted(missing)}")
         _registry[name] = Method(
             name, kind, paper, claim, when, speedup, learned, function, needs, schema,
-            {key: help_texts[key] for key in fields},
+            {key: common[key][2] if key in common else help_texts[key] for key in fields},
         )  # fmt: skip
         return function
 
     return register
+
+
+def _is_other(field: pydantic.fields.FieldInfo) -> bool:
+    return any(
+        isinstance(entry, BeforeValidator) and entry.func.__qualname__.startswith("_other") for entry in field.metadata
+    )
 
 
 def _parameter_help(docstring: str) -> dict[str, str]:

@@ -2,22 +2,20 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
-from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import Progress, silent
 from secateur.errors import SecateurError
 from secateur.evaluation import ResultCard, evaluate, render
 from secateur.files import human
-from secateur.network.source import Source, conversion_dtype
-from secateur.recipe import Evaluate, Step
+from secateur.network.source import Source
+from secateur.recipe import Evaluate
 from secateur.registry import find
 
 
@@ -51,10 +49,15 @@ def measure(
     return card.to_dict()
 
 
-def widths(receipt: Mapping[str, Any]) -> list[str]:
-    """One line per step: how many units are left, of how many."""
+def summary(receipt: Mapping[str, Any]) -> list[str]:
+    """One line per step: how many units are left, of how many, or how many weights are zero."""
     lines = []
     for decision in receipt["decisions"]:
+        if matrices := decision.get("matrices"):
+            removed, of = (sum(entry[key] for entry in matrices.values()) for key in ("removed", "of"))
+            lines.append(f"{decision['method']}: {removed:,} of {of:,} weights ({removed / of:.2%}) are zero")
+            lines[-1] += f", in {len(matrices)} matrices"
+            continue
         units = decision["units"].values()
         kept, of = sum(unit["kept"] for unit in units), sum(unit["of"] for unit in units)
         each = sorted({(unit["kept"], unit["of"]) for unit in units})
@@ -66,7 +69,7 @@ def widths(receipt: Mapping[str, Any]) -> list[str]:
 
 def show(receipt: Mapping[str, Any], output: Path, console: Console) -> None:
     """Prints what a finished run did and measured."""
-    for line in widths(receipt):
+    for line in summary(receipt):
         console.print(line, highlight=False)
     for decision in receipt["decisions"]:
         for name, value in decision["notes"].items():
@@ -121,7 +124,7 @@ def model_card(receipt: Mapping[str, Any]) -> str:
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")\n```',
         "## What was done",
-        "\n".join(f"- {line}" for line in widths(receipt)),
+        "\n".join(f"- {line}" for line in summary(receipt)),
         "\n".join(f"- {sentence}" for d in receipt["decisions"] for sentence in d["warnings"]),
         f"Reload check: {receipt['reload_check']['how']}.",
         f"```yaml\n{yaml.safe_dump(_publishable(receipt['recipe']), sort_keys=False)}```",
@@ -222,61 +225,3 @@ def show_inspection(source: Source, console: Console) -> None:
     for indices, described in rows:
         table.add_row(f"{indices[0]}–{indices[-1]}" if len(indices) > 1 else str(indices[0]), *described)
     console.print(table)
-
-
-def forecast(
-    original: Source,
-    stage_widths: Mapping[int, int] | None,
-    output: Path,
-    dtype: torch.dtype | None,
-    steps: Sequence[Step],
-) -> dict[str, Any]:
-    """What a run would cut, write and need, from headers and shapes alone. The disk it needs is an upper bound: models
-    between steps and kept statistics are counted at the width that the source has.
-    """
-    from secateur.network.store import stored_dtype
-    from secateur.network.stream import pieces
-
-    cut = {
-        block.index: (stage_widths[block.index], block.feed_forward.units)
-        for block in original.anatomy.blocks
-        if stage_widths and block.feed_forward and block.index in stage_widths
-    }
-
-    def statistics(step: Step) -> int:
-        if SyntheticGram not in step.registered.needs.values():
-            return 0
-        layers = [block.feed_forward for block in original.anatomy.blocks if block.feed_forward]
-        # what refits from a statistic leaves new output weights in float32 beside it until the end
-        return sum(SyntheticGram.bytes(layer.units) + 4 * layer.hidden * layer.units for layer in layers)
-
-    removed: dict[str, int] = {}
-    for block in original.anatomy.blocks:
-        for part in block.feed_forward.slices if block.feed_forward and block.index in cut else ():
-            kept, of = cut[block.index]
-            parameter = original.skeleton.get_parameter(part.parameter)
-            fewer = parameter.numel() // parameter.shape[part.dim] * (of - kept)
-            removed[part.parameter] = removed.get(part.parameter, 0) + fewer
-    total = original.anatomy.parameters
-    if original.tensors:
-        gone = {original.keys[name]: count for name, count in removed.items()}
-        written = sum(
-            (torch.Size(info.shape).numel() - gone.get(key, 0)) * stored_dtype(original, dtype, info.dtype).itemsize
-            for key, info in original.tensors.items()
-        )
-        largest = max(sum(original.tensors[key].bytes for key in piece.keys) for piece in pieces(original, 0))
-        extra, between = 0, original.bytes
-    else:
-        precise = conversion_dtype(original.place, original.config)
-        written = (total - sum(removed.values())) * stored_dtype(original, dtype, precise).itemsize
-        largest = extra = between = precise.itemsize * total
-    extra += between * (len(steps) - 1) + sum(map(statistics, steps))
-    return {
-        "parameters": total,
-        "parameters_after": total - sum(removed.values()),
-        "widths": {str(block): {"kept": kept, "of": of} for block, (kept, of) in cut.items()},
-        "bytes_written": written,
-        "disk_needed": written + extra,
-        "memory_needed": 3 * largest + 400 * 10**6,
-        "output": str(output),
-    }

@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -16,18 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.checks import check_steps
 from secateur.context import Progress, barrier, process_group, processes, silent
 from secateur.errors import RequestError, RunError
 from secateur.files import sha256, write_json, write_text
 from secateur.network.clean_load import peak
 from secateur.network.source import Source, check_device, open_model
-from secateur.network.store import check_output, resized_config
-from secateur.network.surgery import cut_module
+from secateur.network.store import check_output
 from secateur.network.verify import CleanProcess, verify
-from secateur.network.views import Cut
 from secateur.recipe import Recipe
-from secateur.report import forecast, measure, model_card
-from secateur.stage import Stage, check_steps
+from secateur.report import measure, model_card
+from secateur.stage import Stage
+from secateur.unit_stage import UnitStage
+from secateur.weight_stage import WeightStage
 from secateur.workspace import RECEIPT, Workspace
 
 logger = logging.getLogger(__name__)
@@ -81,12 +83,12 @@ def compress(
 
     Raises RequestError when the request is wrong (nothing was written), RunError when the run failed and can go on.
     """
-    plan, spec = _request(model, method, parameters, recipe, seed, dtype)
+    plan, spec = request(model, method, parameters, recipe, seed, dtype)
     if isinstance(spec, nn.Module) and output is None:
         return _in_memory(spec, plan, device, progress)
     if output is None:
         raise RequestError("no output directory was named.")
-    run = _Run(
+    run = Run(
         spec, plan, Path(output), device, free_memory() // 2 if max_memory is None else max_memory, trust_remote_code,
         evaluate, shard_bytes, progress, clean,
     )  # fmt: skip
@@ -101,49 +103,7 @@ def compress(
             ) from error
 
 
-def dry_run(
-    model: str | Path | None = None,
-    *,
-    recipe: Recipe | Path | str | None = None,
-    output: str | Path,
-    seed: int | None = None,
-    dtype: str | None = None,
-    device: str = "cpu",
-    restart: bool = False,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """What `compress` would cut, write and need: plain data. Reads headers, and one block's weights to time the method."""
-    plan, spec = _request(model, None, None, recipe, seed, dtype)
-    run = _Run(spec, plan, Path(output), device, 0, trust_remote_code, False, 256 * 10**6, silent, None)
-    source, _, _, widths = run.look(restart)
-    wanted = getattr(torch, plan.dtype) if plan.dtype else None
-    said = forecast(source, widths, Path(output), wanted, plan.steps)
-    place = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
-    said["disk_free"] = shutil.disk_usage(place).free
-    if not source.tensors:
-        said["time"] = "not known before the weights are converted"
-        return said
-    first = next(block.index for block in source.anatomy.blocks if block.feed_forward)
-    step = plan.steps[0]
-    if step.parameters.get("ratios"):  # one for each layer, of which one is tried
-        step = step.model_copy(update={"parameters": {**step.parameters, "ratios": step.parameters["ratios"][:1]}})
-    stage = Stage(source, step, 0, plan.seed, Path(output), Path(output), device=device)
-    begun = time.time()
-    stage.collect_in_memory()
-    once, begun = time.time() - begun, time.time()
-    stage.cuts_in_memory([first])
-    method = once + (time.time() - begun) * sum(block.feed_forward is not None for block in source.anatomy.blocks)
-    begun = time.time()
-    keys = [source.keys[name] for name in source.anatomy.blocks[first].parameters]
-    # summed, so that what is mapped from the file is really read
-    size = sum(tensor.nbytes for tensor in source.read(keys).values() if tensor.float().sum() is not None)
-    rest = (time.time() - begun) * 3 * source.bytes / max(size, 1)
-    said["seconds"] = method + rest
-    said["time"] = f"about {method + rest:.0f} s by one block, besides the reload check and measuring"
-    return said
-
-
-def _request(
+def request(
     model: Any,
     method: str | None,
     parameters: Mapping[str, Any] | None,
@@ -192,7 +152,9 @@ def free_memory() -> int:
 
 
 @dataclass
-class _Run:
+class Run:
+    """One run, from the request to the receipt; parameters as `compress` takes them."""
+
     spec: str | Path | nn.Module
     recipe: Recipe
     output: Path
@@ -216,7 +178,7 @@ class _Run:
         found = workspace.check(restart)
         widths = check_steps(source, self.recipe.steps) if found != "finished" else None
         if source.tensors and found == "fresh":
-            _ = source.keys  # a checkpoint that lacks a parameter is refused here
+            _ = source.parts  # a checkpoint that lacks a parameter is refused here
         return source, workspace, found, widths
 
     def go(self, restart: bool) -> Result:
@@ -304,9 +266,10 @@ class _Run:
         wanted = self.recipe.dtype if last else ("float32" if source.place.weights == "gguf" else None)
         beside = self.output / "secateur"
         artifacts = beside if len(self.recipe.steps) == 1 else beside / f"step-{index}"
-        return Stage(
-            source, self.recipe.steps[index], index, self.recipe.seed, target, state / f"step-{index}", artifacts,
-            getattr(torch, wanted) if wanted else None, self.shard_bytes, self.device, self.progress,
+        return make_stage(
+            self.recipe, index, source, target, state / f"step-{index}", artifacts=artifacts,
+            dtype=getattr(torch, wanted) if wanted else None, shard_bytes=self.shard_bytes, device=self.device,
+            progress=self.progress,
         )  # fmt: skip
 
     def _steps(self, source: Source, workspace: Workspace, timings: dict[str, float]) -> list[Stage]:
@@ -348,10 +311,7 @@ class _Run:
             {
                 "step": stage.index,
                 "method": stage.step.method,
-                "units": {
-                    str(block): {"kept": width, "of": stage.source.anatomy.blocks[block].feed_forward.units}  # type: ignore[union-attr]
-                    for block, width in stage.widths().items()
-                },
+                **stage.decided(),
                 "notes": stage.notes,
                 "warnings": stage.warnings,
             }
@@ -385,16 +345,18 @@ def _in_memory(module: nn.Module, recipe: Recipe, device: str, progress: Progres
     copy = deepcopy(module)
     notes: list[dict[str, Any]] = []
     for index, step in enumerate(recipe.steps):
-        source = open_model(copy)
-        stage = Stage(source, step, index, recipe.seed, Path(), Path(), device=device, progress=progress)
-        cuts: dict[int, Cut] = stage.cuts_in_memory()
-        try:
-            # so that a module whose widths its configuration can say may be saved
-            for key, value in resized_config(source, {b: len(cut.kept) for b, cut in cuts.items()}).items():
-                if getattr(source.config, key, value) != value:
-                    setattr(source.config, key, value)
-        except RequestError as error:
-            logger.info("the cut module keeps the configuration that it had: %s", error)
-        cut_module(copy, source.anatomy, cuts)
-        notes.append({"method": step.method, "kept": {str(b): len(c.kept) for b, c in cuts.items()}, **stage.notes})
+        with tempfile.TemporaryDirectory() as state:
+            stage = make_stage(
+                recipe, index, open_model(copy), Path(state), Path(state), device=device, progress=progress
+            )
+            stage.apply(copy)
+        notes.append({"method": step.method, **stage.notes})
     return Result(None, {"recipe": recipe.plain(), "decisions": notes}, copy)
+
+
+def make_stage(recipe: Recipe, index: int, source: Source, target: Path, state: Path, **options: Any) -> Stage:
+    """The stage that does step `index` of a recipe; which kind follows from what its method asks for."""
+    step = recipe.steps[index]
+    if step.registered.scope == "weight":
+        return WeightStage(source, step, index, recipe.seed, target, state, **options, calibration=recipe.calibration)
+    return UnitStage(source, step, index, recipe.seed, target, state, **options)

@@ -7,7 +7,7 @@ after; nothing here holds a weight.
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 from secateur.errors import RequestError, RunError
 from secateur.files import disk_full, human, sha256
 from secateur.network.anatomy import Anatomy, anatomy
-from secateur.network.checkpoint import TensorInfo, bind, check_finite, headers, line, tensor_hash
+from secateur.network.checkpoint import TensorInfo, bind, check_finite, headers, line, stored_buffers, tensor_hash
 from secateur.network.locate import Place, locate
+from secateur.network.parts import Part, assemble, take_apart
 
 logger = logging.getLogger(__name__)
 
@@ -56,20 +57,32 @@ class Source:
         if self.live is not None:
             return _empty_copy(self.live)
         try:
-            return skeleton(self.config, self.trust_remote_code)
+            model = skeleton(self.config, self.trust_remote_code)
         except Exception as error:  # transformers raises a different family for each thing that a config lacks
             raise RequestError(
                 f"transformers cannot build a language model from the configuration of {self.spec}: {line(error)}"
             ) from error
+        # some are learned, such as the bias by which experts are chosen
+        buffers = dict(model.named_buffers())
+        for name, key in stored_buffers(model, self.tensors).items():
+            buffers[name].copy_(self.read([key])[key])
+        return model
 
     @cached_property
     def anatomy(self) -> Anatomy:
         return anatomy(self.skeleton)
 
     @cached_property
-    def keys(self) -> dict[str, str]:
-        """The stored name of each model parameter; tied parameters share one. Raises RequestError for a missing one."""
+    def parts(self) -> dict[str, tuple[Part, ...]]:
+        """The stored tensors that make each model parameter; tied parameters share theirs.
+
+        Raises RequestError for a parameter that is missing, wholly or in part, or of another shape than it should be.
+        """
         return bind(self.skeleton, self.tensors, self.spec)
+
+    def stored_keys(self, name: str) -> tuple[str, ...]:
+        """The names of the stored tensors behind a parameter."""
+        return tuple(dict.fromkeys(part.key for part in self.parts[name]))
 
     @property
     def files(self) -> list[Path]:
@@ -96,8 +109,28 @@ class Source:
 
     def parameter(self, name: str) -> torch.Tensor:
         """One parameter by its name in the model, as stored."""
-        key = self.keys[name]
-        return self.read([key])[key]
+        return self.read_parameters([name])[name]
+
+    def read_parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Parameters by their names in the model, in its shapes, as stored; only merged ones are copies."""
+        names = list(names)
+        return self.assemble(names, self.read(dict.fromkeys(key for name in names for key in self.stored_keys(name))))
+
+    def assemble(self, names: Iterable[str], stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Parameters by their names in the model, from the `stored` tensors behind them."""
+        return {name: assemble(self.parts[name], stored) for name in names}
+
+    def take_apart(
+        self, name: str, tensor: torch.Tensor, stored: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The stored tensors of a changed parameter: views of it where one parameter alone is made of them.
+
+        stored: what they are so far, for those that hold other parameters too; read where left out.
+        """
+        parts = self.parts[name]
+        if stored is None:
+            stored = self.read([part.key for part in parts if part.taken])
+        return take_apart(name, parts, tensor, stored)
 
     def quick_print(self) -> list[list[Any]]:
         """Name, size and time of each file: changes when the source does, at no cost. A live module's tensors' hashes."""

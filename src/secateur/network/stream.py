@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from secateur.network.anatomy import Anatomy
 from secateur.network.source import Source
+from secateur.network.trace import first_tensor
 
 Fetch = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Gives parameters by their names in the model, with the shapes and values that they are to have."""
@@ -34,7 +36,10 @@ def pieces(source: Source, shard_bytes: int) -> list[Piece]:
 
     A piece holds one block, or as many neighbours as fit in `shard_bytes`: many tiny files help nobody.
     """
-    blocks = [tuple(dict.fromkeys(source.keys[name] for name in block.parameters)) for block in source.anatomy.blocks]
+    blocks = [
+        tuple(dict.fromkeys(key for name in block.parameters for key in source.stored_keys(name)))
+        for block in source.anatomy.blocks
+    ]
     inside = {key for keys in blocks for key in keys}
     groups: list[list[int]] = []
     room = 0
@@ -62,7 +67,7 @@ def streamed_logits(model: nn.Module, anatomy: Anatomy, fetch: Fetch, ids: Tenso
 
     Returns: (batch, tokens, vocabulary) logits.
     """
-    with _fetched(model, anatomy, fetch):
+    with fetched(model, anatomy, fetch):
         return model(input_ids=ids, use_cache=False).logits
 
 
@@ -98,7 +103,7 @@ def observe(
 
     try:
         handles += [model.get_submodule(path).register_forward_pre_hook(look(path)) for path in watched]
-        with _fetched(model, anatomy, fetch):
+        with fetched(model, anatomy, fetch):
             model(input_ids=ids, use_cache=False)
     except _SeenEnough:
         pass
@@ -108,26 +113,44 @@ def observe(
 
 
 @contextmanager
-def _fetched(model: nn.Module, anatomy: Anatomy, fetch: Fetch) -> Iterator[None]:
+def fetched(model: nn.Module, anatomy: Anatomy, fetch: Fetch) -> Iterator[None]:
+    """While it is open, each module of `model` has its parameters from `fetch` while it runs, not before or after."""
     inside = {name for block in anatomy.blocks for name in block.parameters}
+    outside = {name for name, _ in model.named_parameters(remove_duplicate=False) if name not in inside}
     regions = {block.path: list(block.parameters) for block in anatomy.blocks}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if name not in inside:
-            regions.setdefault(name.rpartition(".")[0], []).append(name)
+    for name in sorted(outside):
+        regions.setdefault(name.rpartition(".")[0], []).append(name)
+    kept: dict[str | None, dict[str, nn.Parameter]] = {}
     handles = []
+
+    def wait(_module, args, kwargs):  # type: ignore[no-untyped-def]
+        """Some models look at a weight before they run its module, such as for the device that tokens are to go to."""
+        given = first_tensor((args, kwargs))
+        kept[None] = {name: model.get_parameter(name) for name in outside}
+        for name, parameter in kept[None].items():
+            if given is None:
+                break
+            # a single number seen in every place; not a number, so that whoever computes with it notices
+            number = torch.full((), float("nan"), device=given.device).to(parameter.dtype)
+            put_parameter(model, name, nn.Parameter(number.expand(parameter.shape), requires_grad=False))
+
+    def enter(names, path, _module, _inputs):  # type: ignore[no-untyped-def]
+        kept[path] = {name: model.get_parameter(name) for name in names}
+        for name, tensor in fetch(names).items():
+            put_parameter(model, name, nn.Parameter(tensor, requires_grad=False))
+
+    def leave(path, *_):  # type: ignore[no-untyped-def]
+        for name, parameter in kept.pop(path, {}).items():
+            put_parameter(model, name, parameter)
+
+    handles.append(model.register_forward_pre_hook(wait, with_kwargs=True))
     for path, names in regions.items():
         module = model.get_submodule(path)
-        empty = {name: model.get_parameter(name) for name in names}
-
-        def enter(_module, _inputs, names=names):  # type: ignore[no-untyped-def]
-            for name, tensor in fetch(names).items():
-                _put(model, name, nn.Parameter(tensor, requires_grad=False))
-
-        def leave(_module, _inputs, _output, empty=empty):  # type: ignore[no-untyped-def]
-            for name, parameter in empty.items():
-                _put(model, name, parameter)
-
-        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+        handles += [
+            module.register_forward_pre_hook(partial(enter, names, path)),
+            module.register_forward_hook(partial(leave, path), always_call=True),
+        ]
+    handles.append(model.register_forward_hook(partial(leave, None), always_call=True))
     try:
         yield
     finally:
@@ -135,6 +158,7 @@ def _fetched(model: nn.Module, anatomy: Anatomy, fetch: Fetch) -> Iterator[None]
             handle.remove()
 
 
-def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Puts a parameter in its place in the model, for as long as it is needed there."""
     path, _, attribute = name.rpartition(".")
     model.get_submodule(path)._parameters[attribute] = parameter

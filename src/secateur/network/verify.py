@@ -124,8 +124,6 @@ def stored(source: Source) -> Fetch:
     """Parameters as a source stores them, in float32."""
 
     def fetch(names: Sequence[str]) -> Mapping[str, Tensor]:
-        keys = {name: source.keys[name] for name in names}
-        tensors = source.read(dict.fromkeys(keys.values()))
-        return {name: tensors[key].float() for name, key in keys.items()}
+        return {name: tensor.float() for name, tensor in source.read_parameters(names).items()}
 
     return fetch

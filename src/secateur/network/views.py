@@ -1,7 +1,8 @@
 """What methods see of a network, and what they say should become of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -114,3 +115,89 @@ class Network(Sequence[Units]):
 
     def __iter__(self) -> Iterator[Units]:
         return iter(self._units)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which weights of a matrix stay; the others become zero.
+
+    Args:
+        kept: (r, d) bool.
+    """
+
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """New weights of a matrix.
+
+    Args:
+        matrix: (r, d) float32, exactly zero where not kept.
+        kept: (r, d) bool.
+    """
+
+    matrix: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How much each matrix is to lose.
+
+    Args:
+        remove: number of weights (of tiles, where the pattern removes tiles) by matrix; they sum to what was asked for.
+    """
+
+    remove: Mapping[str, int] = field(default_factory=dict)
+
+
+class Weight:
+    """One matrix that multiplies tokens. It is read when asked for, as float32, oriented as in torch.nn.Linear.
+
+    Args:
+        name: of the parameter, with the expert's number in brackets where one parameter holds many experts.
+        block: index of its block.
+        expert: number of its expert, None outside experts.
+        shape: (r, d) = (outputs, inputs).
+        read: gives the matrix.
+    """
+
+    def __init__(
+        self, name: str, block: int, expert: int | None, shape: tuple[int, int], read: Callable[[], Tensor]
+    ) -> None:
+        self.name, self.block, self.expert = name, block, expert
+        self.rows, self.columns = shape
+        self._read = read
+
+    def __repr__(self) -> str:
+        return f"Weight({self.name}, {self.rows} x {self.columns})"
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """(r, d) float32; not to be changed in place."""
+        return self._read()
+
+
+class Matrices(Sequence[Weight]):
+    """The matrices that a step prunes, in order, each read anew whenever it is taken from here, so that none is kept.
+
+    Args:
+        makers: give the matrices.
+        remove: how many weights go in all (tiles, where the pattern removes tiles).
+        sizes: how many each matrix holds of what is counted.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], Weight]], remove: int, sizes: Sequence[int]) -> None:
+        self._makers = makers
+        self.remove = remove
+        self.sizes = list(sizes)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
+        return self._makers[index]()
+
+    def __iter__(self) -> Iterator[Weight]:
+        return (make() for make in self._makers)

@@ -79,10 +79,17 @@ def shares(total: int, sizes: Sequence[int]) -> list[int]:
 
 def keep_per_row(scores: Tensor, remove: Sequence[int]) -> Tensor:
     """(r, d) mask that removes the remove[i] lowest scores of row i; among equals the first go."""
-    order = scores.sort(dim=1, stable=True).indices
+    kept = torch.ones_like(scores, dtype=torch.bool)
     counts = torch.tensor(remove, device=scores.device).unsqueeze(1)
-    gone = torch.arange(scores.shape[1], device=scores.device) < counts
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, order, ~gone)
+    places = torch.arange(scores.shape[1], device=scores.device)
+    # an order takes three times the memory of its scores, so some rows at a time
+    for part, number, mask in zip(*(t.split(_rows_at_once(scores)) for t in (scores, counts, kept)), strict=True):
+        mask.scatter_(1, part.sort(dim=1, stable=True).indices, places >= number)
+    return kept
+
+
+def _rows_at_once(scores: Tensor) -> int:
+    return max(1, 2**20 // max(1, scores.shape[1]))
 
 
 def keep_overall(scores: Tensor, remove: int) -> Tensor:
@@ -102,8 +109,22 @@ def keep_overall(scores: Tensor, remove: int) -> Tensor:
 def keep_n_of_m(scores: Tensor, kept: int, of: int) -> Tensor:
     """(r, d) mask that keeps the `kept` highest of every `of` consecutive columns; `of` divides d, ties as elsewhere."""
     rows, columns = scores.shape
-    groups = scores.reshape(-1, of)
-    return keep_per_row(groups, [of - kept] * len(groups)).view(rows, columns)
+    if of > 8:
+        groups = scores.reshape(-1, of)
+        gone = groups.sort(dim=1, stable=True).indices[:, : of - kept]
+        return torch.ones_like(groups, dtype=torch.bool).scatter_(1, gone, False).view(rows, columns)
+    # each member's rank by comparison with the others: many times faster than sorting tiny groups
+    members = scores.reshape(-1, of).T.contiguous()
+    mask = torch.empty(members.shape, dtype=torch.bool, device=scores.device)
+    for one in range(of):
+        rank = torch.zeros(members.shape[1], dtype=torch.int8, device=scores.device)
+        for other in range(of):
+            if other < one:  # among equals the first go
+                rank += members[other] <= members[one]
+            elif other > one:
+                rank += members[other] < members[one]
+        mask[one] = rank >= of - kept
+    return mask.T.reshape(rows, columns)
 
 
 def keep_blocks(scores: Tensor, block: tuple[int, int], remove: int) -> Tensor:
@@ -112,3 +133,66 @@ def keep_blocks(scores: Tensor, block: tuple[int, int], remove: int) -> Tensor:
     sums = scores.view(rows, block[0], columns, block[1]).sum(dim=(1, 3))
     kept = keep_overall(sums, remove)
     return kept.repeat_interleave(block[0], dim=0).repeat_interleave(block[1], dim=1)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one matrix is to lose, in whole numbers.
+
+    Args:
+        pattern: the form.
+        remove: weights to remove; for a pattern of tiles, tiles.
+        shape: (r, d) of the matrix.
+    """
+
+    pattern: Pattern
+    remove: int
+    shape: tuple[int, int]
+
+    @classmethod
+    def uniform(cls, pattern: Pattern, shape: tuple[int, int]) -> "Budget":
+        """The pattern's own fraction of this matrix, to the nearest whole number. Raises ValueError where it cannot be."""
+        rows, columns = shape
+        if pattern.of is not None:
+            if columns % pattern.of:
+                raise ValueError(f"{pattern} needs a number of inputs that {pattern.of} divides, found {columns}")
+            return cls(pattern, round(pattern.sparsity * rows * columns), shape)
+        if pattern.block is not None:
+            if rows % pattern.block[0] or columns % pattern.block[1]:
+                raise ValueError(
+                    f"tiles of {pattern.block[0]}x{pattern.block[1]} do not divide a matrix of {rows}x{columns}"
+                )
+            return cls(
+                pattern, round(pattern.sparsity * (rows // pattern.block[0]) * (columns // pattern.block[1])), shape
+            )
+        return cls(pattern, round(pattern.sparsity * rows * columns), shape)
+
+    def rows(self) -> list[int]:
+        """(r,) how many weights each row loses; they sum to `remove`."""
+        return shares(self.remove, [self.shape[1]] * self.shape[0])
+
+    def columns(self, sizes: Sequence[int]) -> list[int]:
+        """How many weights each run of columns loses, for runs of these widths; they sum to `remove`."""
+        return shares(self.remove, [self.shape[0] * size for size in sizes])
+
+    def mask(self, scores: Tensor, per: str = "row") -> Tensor:
+        """(r, d) mask that removes the lowest of `scores`; `per`, "row" or "layer", matters to a plain fraction alone."""
+        if self.pattern.of is not None and self.pattern.kept is not None:
+            return keep_n_of_m(scores, self.pattern.kept, self.pattern.of)
+        if self.pattern.block is not None:
+            return keep_blocks(scores, self.pattern.block, self.remove)
+        return keep_overall(scores, self.remove) if per == "layer" else keep_per_row(scores, self.rows())
+
+    @property
+    def weights(self) -> int:
+        """How many weights are removed in all."""
+        return self.remove * self._tile
+
+    @property
+    def units(self) -> int:
+        """How many weights or tiles there are."""
+        return self.shape[0] * self.shape[1] // self._tile
+
+    @property
+    def _tile(self) -> int:
+        return self.pattern.block[0] * self.pattern.block[1] if self.pattern.block else 1

@@ -1,0 +1,70 @@
+"""How much the loss reacts to each weight, on calibration tokens: the one statistic that needs the whole model in memory."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from secateur.calibration.samples import Samples
+from secateur.calibration.statistics import Gradients
+from secateur.context import Progress, barrier, processes, silent
+from secateur.errors import RunError
+from secateur.files import read_tensors, write_tensors, write_text
+from secateur.network.matrices import MatrixRef, view
+from secateur.network.source import Source, load
+
+
+def learn_gradients(
+    source: Source,
+    samples: Samples,
+    refs: Mapping[int, Sequence[MatrixRef]],
+    folder: Path,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> None:
+    """Sums the squared gradients of the next-token loss over the sequences, and keeps them by block in `folder`.
+
+    The dense model and one gradient and one sum for each parameter of `refs` are in memory, in float32. The first process
+    does it for all.
+
+    Raises RunError naming the parameter whose gradients are not finite.
+    """
+    marker = folder / "complete"
+    if processes()[0] == 0 and not marker.exists():
+        model = deepcopy(source.live) if source.live is not None else load(source.spec, device=device)[0]
+        model = model.float().to(device).eval()
+        names = {ref.parameter for block in refs.values() for ref in block}
+        wanted = {name: parameter for name, parameter in model.named_parameters() if name in names}
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        squares = {}
+        for name, parameter in wanted.items():
+            parameter.requires_grad_(True)
+            squares[name] = torch.zeros_like(parameter)
+        with torch.enable_grad(), progress("gradients", len(samples.sequences)) as bar:
+            for ids in samples.sequences:
+                batch = ids.unsqueeze(0).to(device)
+                logits = model(input_ids=batch, use_cache=False).logits
+                functional.cross_entropy(logits[0, :-1].float(), batch[0, 1:]).backward()
+                for name, parameter in wanted.items():
+                    if parameter.grad is not None:  # an expert that no token reached has none
+                        squares[name].addcmul_(parameter.grad, parameter.grad)
+                        parameter.grad = None
+                bar.advance()
+        for name, tensor in squares.items():
+            if not bool(torch.isfinite(tensor.sum())):
+                raise RunError(f"the gradients of {name} are not finite on the calibration tokens; check the model.")
+        for block, found in refs.items():
+            own = {ref.parameter for ref in found}
+            write_tensors(folder / f"{block}.safetensors", {name: squares[name] for name in sorted(own)})
+        write_text(folder / "samples", str(len(samples.sequences)))
+        write_text(marker, "")
+    barrier()
+
+
+def read_gradients(folder: Path, ref: MatrixRef) -> Gradients:
+    """What `learn_gradients` kept of one matrix."""
+    tensors, _ = read_tensors(folder / f"{ref.block}.safetensors")
+    return Gradients(view(ref, tensors[ref.parameter]).contiguous(), int((folder / "samples").read_text()))

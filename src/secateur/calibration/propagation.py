@@ -1,0 +1,271 @@
+"""Hidden states of calibration tokens on their way through a network, one block in memory at a time.
+
+The model's own forward runs once, with nothing but what lies outside the blocks, and every block notes how it is called
+(positions, masks); after that blocks are called one by one. Hidden states lie in files: block n reads file n and writes
+file n + 1, which appears by a rename, so that a killed run goes on from the last block that is done.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from secateur.calibration.samples import Samples
+from secateur.context import processes
+from secateur.errors import RunError
+from secateur.files import atomic
+from secateur.network.source import Source
+from secateur.network.stream import Fetch, fetched
+from secateur.network.trace import first_tensor
+
+MOST_TOKENS = 4096  # of a batch: more gain nothing on a CPU
+ACTIVATION_BYTES = 64 * 10**6  # of the widest activation of a batch: what a wide model takes beside its weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one length that go through a block together.
+
+    Args:
+        ids: (sequences, tokens) token ids.
+        start: tokens of this process's batches before it: where its hidden states lie.
+        held_out: for reports alone.
+    """
+
+    index: int
+    ids: Tensor
+    start: int
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """Stands for a block's hidden states in a recorded call."""
+
+
+class _Reached(Exception):  # noqa: N818 (a signal, not an error)
+    """The last block was called: what comes after it is not needed."""
+
+
+class Propagation:
+    """Calibration tokens and what becomes of them.
+
+    Args:
+        source: the network; only its skeleton is run, filled with weights that the caller gives.
+        folder: for the files of hidden states, one folder for each process.
+        dtype: of hidden states and of the passes through blocks.
+        widest: largest width of an activation inside a block; bounds the batches.
+    """
+
+    def __init__(
+        self, source: Source, samples: Samples, folder: Path, dtype: torch.dtype, device: str = "cpu", widest: int = 0
+    ) -> None:
+        self.source, self.dtype, self.device = source, dtype, device
+        rank, world = processes()
+        self.folder = folder / f"hidden-{rank}"
+        self.width = source.anatomy.hidden
+        tokens = max(1, min(MOST_TOKENS, ACTIVATION_BYTES // (dtype.itemsize * max(widest, self.width))))
+        self.batches: list[Batch] = []
+        start = 0
+        # whole batches are shared out, so that a process computes the same numbers for them as a single one would
+        for index, (ids, held_out) in enumerate(_batches(samples, tokens)):
+            if index % world == rank:
+                self.batches.append(Batch(index, ids, start, held_out))
+                start += ids.numel()
+        self._calls: list[list[tuple[Any, Any]]] = []
+        self._shared: dict[Any, list[Tensor]] = {}
+
+    def capture(self, fetch: Fetch) -> None:
+        """Notes how the blocks are called, and writes their first hidden states unless a later file is there.
+
+        fetch: gives the parameters outside the blocks.
+        """
+        model, blocks = self.source.skeleton, self.source.anatomy.blocks
+        inside = {name for block in blocks for name in block.parameters}
+        modules = [model.get_submodule(block.path) for block in blocks]
+        states: list[Tensor] = []
+        self._calls = [[] for _ in blocks]
+
+        def record(number: int, as_tuple: bool) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = first_tensor((args, kwargs), self.width)
+                if hidden is None or hidden.dim() != 3:
+                    raise _OtherForm
+                if number == 0:
+                    states.append(hidden.to(self.dtype))
+                self._calls[number].append(self._noted(args, kwargs, hidden))
+                if number == len(blocks) - 1:
+                    raise _Reached
+                return (hidden,) if as_tuple else hidden
+
+            return forward
+
+        def embeddings(names: Sequence[str]) -> dict[str, Tensor]:
+            wanted = [name for name in names if name not in inside]
+            return {name: tensor.to(self.device, self.dtype) for name, tensor in fetch(wanted).items()}
+
+        path = self._path(0)
+        later = any(self.folder.glob("*.states"))
+
+        def run(as_tuple: bool) -> None:
+            for module, number in zip(modules, range(len(blocks)), strict=True):
+                module.forward = record(number, as_tuple)
+            with _writing(path, later) as file:
+                for batch in self.batches:
+                    with suppress(_Reached):
+                        model(input_ids=batch.ids.to(self.device), use_cache=False)
+                    if file is not None:
+                        file.write(_raw(states.pop()))
+                    states.clear()
+
+        try:
+            with torch.no_grad(), self._prepared(), fetched(model, self.source.anatomy, embeddings):
+                try:
+                    run(as_tuple=False)
+                except (_OtherForm, AttributeError, IndexError, TypeError, ValueError):
+                    # blocks of some architectures give a tuple, of which the model takes the first entry
+                    self._calls = [[] for _ in blocks]
+                    self._shared.clear()
+                    states.clear()
+                    run(as_tuple=True)
+        finally:
+            for module in modules:
+                del module.forward
+
+    @torch.no_grad()
+    def run(
+        self,
+        block: int,
+        around: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext(),
+        write: bool = False,
+        enough: type[Exception] | tuple[()] = (),
+    ) -> None:
+        """Passes all tokens through a block whose weights are in place.
+
+        Args:
+            around: what each batch runs inside of.
+            write: write the next block's hidden states.
+            enough: what, raised inside, ends the pass of a batch: nothing later in it is needed.
+
+        Raises RunError naming the block when a hidden state is not finite.
+        """
+        module = self.source.skeleton.get_submodule(self.source.anatomy.blocks[block].path)
+        with self._prepared(), _writing(self._path(block + 1), not write) as file:
+            for number, batch in enumerate(self.batches):
+                hidden = self._read(block, batch)
+                args, kwargs = self._call(block, number, hidden)
+                try:
+                    with around(batch):
+                        output = module(*args, **kwargs)
+                except enough:
+                    continue
+                if file is None:
+                    continue
+                states = first_tensor(output, self.width)
+                assert states is not None, "a block gives hidden states"
+                if not bool(torch.isfinite(states.aminmax().max - states.aminmax().min)):
+                    raise RunError(
+                        f"block {block} gives non-finite hidden states on the calibration tokens; use a smaller sparsity, "
+                        "or float32 passes, or check the model."
+                    )
+                file.write(_raw(states.to(self.dtype)))
+
+    def done(self, block: int) -> bool:
+        """Whether the hidden states that this block reads are there."""
+        return self._path(block).exists()
+
+    def forget(self, block: int) -> None:
+        """Removes the hidden states that this block reads: nobody needs them again."""
+        self._path(block).unlink(missing_ok=True)
+
+    def bytes(self) -> int:
+        """Of one file of hidden states."""
+        return sum(batch.ids.numel() for batch in self.batches) * self.width * self.dtype.itemsize
+
+    def _path(self, block: int) -> Path:
+        return self.folder / f"{block}.states"
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Experts run one by one, each as a matrix of its own: that is where their inputs are seen."""
+        config = getattr(self.source.skeleton, "config", None)
+        before = getattr(config, "_experts_implementation", None)
+        if before is not None:
+            config._experts_implementation = "eager"  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            if before is not None:
+                config._experts_implementation = before  # type: ignore[union-attr]
+
+    def _noted(self, args: Any, kwargs: Any, hidden: Tensor) -> tuple[Any, Any]:
+        """A call with a mark in the place of the hidden states; tensors that equal an earlier call's are held once."""
+
+        def note(value: Any) -> Any:
+            if value is hidden:
+                return _Hidden()
+            if not isinstance(value, Tensor):
+                return value
+            known = self._shared.setdefault((tuple(value.shape), value.dtype), [])
+            for other in known:
+                if other is value or torch.equal(other, value):
+                    return other
+            known.append(value)
+            return value
+
+        return tree_map(note, args), tree_map(note, kwargs)
+
+    def _call(self, block: int, number: int, hidden: Tensor) -> tuple[Any, Any]:
+        args, kwargs = self._calls[block][number]
+
+        def fill(value: Any) -> Any:
+            return hidden if isinstance(value, _Hidden) else value
+
+        return tree_map(fill, args), tree_map(fill, kwargs)
+
+    def _read(self, block: int, batch: Batch) -> Tensor:
+        count = batch.ids.numel() * self.width
+        size = count * self.dtype.itemsize
+        with self._path(block).open("rb") as file:
+            file.seek(batch.start * self.width * self.dtype.itemsize)
+            raw = bytearray(size)
+            if file.readinto(raw) != size:
+                raise RunError(f"{self._path(block)} is cut short; start again with --restart.")
+        return torch.frombuffer(raw, dtype=self.dtype).view(*batch.ids.shape, self.width).to(self.device)
+
+
+class _OtherForm(Exception):  # noqa: N818 (a signal, not an error)
+    """A block was given something else than hidden states: the one before it gives its output in another form."""
+
+
+def _batches(samples: Samples, tokens: int) -> Iterator[tuple[Tensor, bool]]:
+    """Sequences of equal length together, up to `tokens` tokens, at least one sequence each; held-out ones apart."""
+    for held_out, sequences in ((False, samples.sequences), (True, samples.held_out)):
+        group: list[Tensor] = []
+        for ids in sequences:
+            if group and (len(ids) != len(group[0]) or len(ids) * (len(group) + 1) > tokens):
+                yield torch.stack(group), held_out
+                group = []
+            group.append(ids)
+        if group:
+            yield torch.stack(group), held_out
+
+
+def _raw(states: Tensor) -> memoryview:
+    return states.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+@contextmanager
+def _writing(path: Path, nothing: bool) -> Iterator[Any]:
+    """A file that appears by a rename when all is written; None when nothing is to be."""
+    if nothing:
+        yield None
+        return
+    with atomic(path) as partial, partial.open("wb") as file:
+        yield file
+        file.flush()

@@ -1,0 +1,32 @@
+"""One threshold for all: each matrix loses what it holds of the network's smallest weights.
+
+Global magnitude pruning, as old as magnitude pruning itself. Nothing keeps a matrix of small weights from losing nearly
+all of them; among matrices whose scales mean different things that is usual, and why uniform is the default.
+"""
+
+from secateur.errors import RequestError
+from secateur.registry import Allocation, Matrices, method
+from secateur.tensor.budgets import lowest_counts
+
+
+@method(
+    "global_threshold",
+    kind="allocation",
+    paper="",
+    claim="the common baseline: magnitude pruning without layers",
+    when="after training",
+    speedup="specific",
+)
+def global_threshold(network: Matrices) -> Allocation:
+    """Divides the budget by how many of the smallest weights of all lie in each matrix; reads the matrices three times.
+
+    With apply magnitude and per=layer this is global magnitude pruning to the weight. Only one matrix is held at a
+    time.
+    """
+    sizes = {weight.name: weight.rows * weight.columns for weight in network}
+    if list(sizes.values()) != network.sizes:
+        raise RequestError(
+            "global_threshold counts single weights, not tiles; give a plain fraction, such as pattern=0.5."
+        )
+    counts = lowest_counts(lambda: (weight.matrix for weight in network), network.remove)
+    return Allocation(dict(zip(sizes, counts, strict=True)))

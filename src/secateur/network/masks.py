@@ -1,0 +1,56 @@
+"""Masks beside the weights: which weights were removed is written down, not guessed from zeros."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.errors import RequestError
+from secateur.files import read_tensors, write_tensors
+
+FOLDER = "masks"
+
+
+def pack(kept: Tensor) -> Tensor:
+    """Eight entries of a bool tensor in each byte, the first in the highest bit; the last byte is filled with zeros."""
+    bits = kept.reshape(-1).to(torch.uint8)
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    packed = torch.zeros(len(bits), dtype=torch.uint8, device=bits.device)
+    for place in range(8):
+        packed |= bits[:, place] << (7 - place)
+    return packed
+
+
+def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What `pack` was given."""
+    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(1) >> places) & 1
+    return bits.view(-1)[: torch.Size(shape).numel()].bool().view(shape)
+
+
+def write_masks(path: Path, kept: Mapping[str, Tensor]) -> None:
+    """Writes masks by the names of their matrices; shapes go into the header."""
+    shapes = {name: list(mask.shape) for name, mask in kept.items()}
+    write_tensors(path, {name: pack(mask) for name, mask in kept.items()}, {"shapes": json.dumps(shapes)})
+
+
+def read_mask_file(path: Path) -> dict[str, Tensor]:
+    """{matrix: (r, d) bool, True where a weight stays}"""
+    tensors, metadata = read_tensors(path)
+    shapes = json.loads(metadata["shapes"])
+    return {name: unpack(packed, tuple(shapes[name])) for name, packed in tensors.items()}
+
+
+def read_masks(directory: str | Path) -> dict[str, Tensor]:
+    """The masks of a compressed model: {matrix: (outputs, inputs) bool, True where a weight stays}.
+
+    Raises RequestError when the directory holds none.
+    """
+    files = sorted((Path(directory) / "secateur").rglob(f"{FOLDER}/*.safetensors"))
+    if not files:
+        raise RequestError(
+            f"{directory} holds no masks: no weights were zeroed there, or secateur/{FOLDER} was removed."
+        )
+    return {name: mask for path in files for name, mask in read_mask_file(path).items()}

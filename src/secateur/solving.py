@@ -1,0 +1,121 @@
+"""Calls a method for one matrix with what it asks for, other methods that it names first."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.statistics import INPUT_STATISTICS, Gradients, Statistics
+from secateur.context import Context
+from secateur.errors import RunError
+from secateur.network.views import Mask, Update, Weight
+from secateur.registry import Method, find
+from secateur.tensor.patterns import Budget
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A method for single weights with its parameters, and the methods whose masks it takes.
+
+    Args:
+        method: asks for a Weight.
+        parameters: its own, without those of the engine.
+        others: by parameter: who makes the mask that is handed in there.
+    """
+
+    method: Method
+    parameters: Mapping[str, Any]
+    others: Mapping[str, "Solver"] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, method: Method, parameters: Mapping[str, Any]) -> "Solver":
+        others = {}
+        for name in method.others:
+            if parameters.get(name) is not None:
+                [(other, given)] = parameters[name].items()
+                others[name] = cls.of(find(other), given)
+        own = {name: value for name, value in parameters.items() if name in method.own and name not in others}
+        return cls(method, own, others)
+
+    @property
+    def statistics(self) -> set[type]:
+        """What all of them ask for of a matrix's inputs: collected once."""
+        return self.method.statistics.union(*(other.statistics for other in self.others.values()))
+
+    @property
+    def gradients(self) -> bool:
+        return Gradients in self.method.needs.values() or any(other.gradients for other in self.others.values())
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration tokens."""
+        return bool(self.statistics) or self.gradients
+
+    def solve(
+        self, weight: Weight, budget: Budget, statistics: Statistics, gradients: Gradients | None, context: Context
+    ) -> Mask | Update:
+        """What becomes of the matrix.
+
+        Raises RunError naming the matrix when what the method gives is no mask or no finite matrix of its shape.
+        """
+        masks = {
+            name: other.solve(weight, budget, statistics, gradients, context).kept
+            for name, other in self.others.items()
+        }
+        given: dict[str, Any] = {}
+        for name, need in self.method.needs.items():
+            if need in INPUT_STATISTICS:
+                given[name] = statistics.view(need)
+            else:
+                given[name] = {Weight: weight, Budget: budget, Context: context, Gradients: gradients}[need]
+        try:
+            found: Mask | Update = self.method.function(**given, **self.parameters, **masks)
+        except torch.linalg.LinAlgError as error:
+            raise RunError(
+                f"{self.method.name}, {weight.name}: {str(error).rstrip('.')}; use more damping or more calibration tokens."
+            ) from error
+        _check(found, weight, f"{self.method.name}, {weight.name}")
+        return found
+
+    def fall_back(self, weight: Weight, budget: Budget) -> Mask:
+        """For a matrix that no token has reached: the smallest weights go, since nothing is known of its inputs."""
+        return Mask(budget.mask(weight.matrix.abs(), "row"))
+
+
+def _check(found: Mask | Update, weight: Weight, where: str) -> None:
+    shape = (weight.rows, weight.columns)
+    if tuple(found.kept.shape) != shape or found.kept.dtype != torch.bool:
+        raise RunError(
+            f"{where}: the mask is {found.kept.dtype} of shape {list(found.kept.shape)}, not bool of {list(shape)}."
+        )
+    if isinstance(found, Mask):
+        return
+    if tuple(found.matrix.shape) != shape:
+        raise RunError(f"{where}: the new weights have shape {list(found.matrix.shape)}, not {list(shape)}.")
+    if not finite(found.matrix):
+        raise RunError(f"{where}: the new weights are not finite; use more damping, a smaller sparsity or more tokens.")
+    if bool((found.matrix.masked_fill(found.kept, 0.0) != 0).any()):
+        raise RunError(f"{where}: weights that were to be removed are not zero.")
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether every value is finite; found by the extremes, which carry any that is not."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+def relative_error(inputs: Tensor, before: Tensor, found: Mask | Update, rows: int = 1024) -> float:
+    """‖X (W − Ŵ)ᵀ‖² / ‖X Wᵀ‖² of the rows X of `inputs`, some outputs at a time.
+
+    Args:
+        inputs: (t, d).
+        before: (r, d) W; found says Ŵ.
+    """
+    change = whole = 0.0
+    for start in range(0, len(before), rows):
+        part, kept = before[start : start + rows], found.kept[start : start + rows]
+        gone = part.masked_fill(kept, 0.0) if isinstance(found, Mask) else part - found.matrix[start : start + rows]
+        change += float((inputs @ gone.T).square().sum(dtype=torch.float64))
+        whole += float((inputs @ part.T).square().sum(dtype=torch.float64))
+    return change / whole if whole else 0.0

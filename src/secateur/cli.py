@@ -91,6 +91,9 @@ def compress(
         if dry:
             _print_forecast(dry_run(model, restart=restart, trust_remote_code=trust_remote_code, **options))
             return
+        for caution in dict.fromkeys(step.registered.caution for step in plan.steps):
+            if caution and not quiet:
+                console.print(f"note: {caution}", style="yellow", highlight=False)
         result = run(
             model,
             max_memory=_size(max_memory),
@@ -187,6 +190,8 @@ def _print_method(card: dict[str, Any]) -> None:
     console.print(f"{card['name']} ({card['kind']}): {card['summary']}", highlight=False)
     for key in ("paper", "claim", "when", "speedup", "decides", "data", "scope"):
         console.print(f"  {key}: {card[key] or 'our own'}", highlight=False)
+    if card["caution"]:
+        console.print(f"  note: {card['caution']}", style="yellow", highlight=False)
     table = Table(Column("parameter", no_wrap=True), "default", "meaning")
     for name, entry in card["parameters"].items():
         table.add_row(name, json.dumps(entry["default"]), entry["help"])

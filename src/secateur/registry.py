@@ -21,7 +21,15 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BeforeValidator, Field
 
-from secateur.calibration.statistics import INPUT_STATISTICS, GatedNorms, Gradients, Gram, InputNorms, Moments
+from secateur.calibration.statistics import (
+    INPUT_STATISTICS,
+    CrossGram,
+    GatedNorms,
+    Gradients,
+    Gram,
+    InputNorms,
+    Moments,
+)
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import Context
 from secateur.errors import RequestError, suggest
@@ -32,6 +40,7 @@ __all__ = [
     "Allocation",
     "Budget",
     "Context",
+    "CrossGram",
     "Cut",
     "GatedNorms",
     "Gradients",
@@ -142,6 +151,9 @@ NEEDS: dict[type, Need] = {
     GatedNorms: Need("any", (), "the same, each token counted by its expert's gate", _TEXT, beside=Weight),
     Moments: Need("any", (), "mean and variance of each input of the matrix", _TEXT, beside=Weight),
     Gram: Need("any", (), "second moment of the inputs of the matrix", _TEXT, beside=Weight),
+    CrossGram: Need(
+        "any", (), "inputs in the dense network against those behind compressed layers", _TEXT, beside=Weight
+    ),
     Gradients: Need(
         "any", (), "squared gradients of the loss (the whole model in memory)", f"{_TEXT}, gradients", beside=Weight
     ),
@@ -200,6 +212,16 @@ class Method:
         return [name for name, hint in hints.items() if hint is MaskFrom]
 
     @property
+    def caution(self) -> str:
+        """What a person must know before a run and after it; "" where there is nothing."""
+        if self.scope not in ("weight", "matrices"):
+            return ""
+        return (
+            f"{self.name} only writes zeros: neither files nor speed change by themselves. What gains from them is storage "
+            "that compresses zeros, and kernels for 2:4 on devices that have them."
+        )
+
+    @property
     def summary(self) -> str:
         return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
 
@@ -236,6 +258,7 @@ class Method:
             "claim": self.claim,
             "when": self.when,
             "speedup": self.speedup,
+            "caution": self.caution,
             "decides": "learned" if self.learned else "criterion",
             "data": self.data,
             "scope": self.scope,

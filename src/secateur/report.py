@@ -76,6 +76,12 @@ def show(receipt: Mapping[str, Any], output: Path, console: Console) -> None:
             console.print(f"  {name}: {_brief(value)}", highlight=False)
         for sentence in decision["warnings"]:
             console.print(f"  note: {sentence}", style="yellow", highlight=False)
+    if stored := receipt.get("stored"):
+        sizes = "; ".join(
+            f"{name} {human(size['bytes'])}" + (f", {human(size['zstd'])} under zstd" if size["zstd"] else "")
+            for name, size in stored.items()
+        )
+        console.print(f"stored: {sizes}", highlight=False)
     check = receipt["reload_check"]
     console.print(
         f"reload check: {check['how']}; largest relative difference {check['largest_difference']:.1g}", highlight=False

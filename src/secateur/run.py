@@ -25,6 +25,7 @@ from secateur.network.clean_load import peak
 from secateur.network.source import Source, check_device, open_model
 from secateur.network.store import check_output
 from secateur.network.verify import CleanProcess, verify
+from secateur.network.zeros import size_under_zstd
 from secateur.recipe import Recipe
 from secateur.report import measure, model_card
 from secateur.stage import Stage
@@ -327,6 +328,8 @@ class Run:
             "versions": {name: version(name) for name in ("secateur", "torch", "transformers", "safetensors")}
             | {"python": platform.python_version()},
         }  # fmt: skip
+        if any(stage.step.registered.caution for stage in stages):
+            receipt["stored"] = _stored(source, self.output)
         receipt["card"] = measure(
             source, result, self.recipe.evaluate if self.evaluate else False, self.max_memory, self.progress
         )
@@ -337,6 +340,14 @@ class Run:
         write_text(self.output / "README.md", model_card(receipt))
         workspace.finish(receipt)
         return receipt
+
+
+def _stored(source: Source, output: Path) -> dict[str, Any]:
+    """How much source and result take on disk, as they are and under zstd: what zeros are worth there."""
+    sizes: dict[str, Any] = {}
+    for name, files in (("source", source.files), ("result", sorted(output.glob("*.safetensors")))):
+        sizes[name] = {"bytes": sum(path.stat().st_size for path in files), "zstd": size_under_zstd(files)}
+    return sizes
 
 
 def _in_memory(module: nn.Module, recipe: Recipe, device: str, progress: Progress) -> Result:

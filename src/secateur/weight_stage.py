@@ -1,8 +1,9 @@
 """A step that zeroes or changes single weights: block by block, statistics first where the method asks for some."""
 
 import json
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from secateur.calibration.collector import Collector, Enough
-from secateur.calibration.gradients import learn_gradients, read_gradients
-from secateur.calibration.propagation import Propagation
+from secateur.calibration.gradients import learn_gradients, pretend_gradients, read_gradients
+from secateur.calibration.passes import Passes, Rows
 from secateur.calibration.samples import LENGTH, Calibration, Samples, collect_samples
 from secateur.calibration.statistics import UNSEEN, Statistics
 from secateur.context import Context, barrier, processes
@@ -34,8 +34,6 @@ from secateur.targets import budgets, chosen
 from secateur.tensor.patterns import Budget
 from secateur.workspace import Journal
 
-Rows = Callable[[str, bool], Tensor | None]
-
 
 @dataclass
 class WeightStage(Stage):
@@ -48,18 +46,18 @@ class WeightStage(Stage):
         self.refs: dict[int, list[MatrixRef]] = chosen(self.source, self.step.parameters["targets"])
         self.matrices: dict[str, dict[str, Any]] = {}
         self._budgets: dict[str, Budget] = {}
-        self._propagation: Propagation | None = None
-        self._captured = False
+        self._passes: Passes | None = None
         self._done: set[int] = set()
 
     def apply(self, module: nn.Module) -> None:
         self._prepare()
+        said = []
         for block in self.source.anatomy.blocks:
-            said = self._do(block)
+            said.append(self._do(block))
             for name, tensor in read_tensors(self._changes(block.index))[0].items():
                 module.get_parameter(name).data.copy_(tensor)
-            self._conclude([said])
             self._forget(block.index)
+        self._conclude(said)
         self.notes["matrices"] = self.matrices
 
     def expected(self) -> Fetch:
@@ -100,7 +98,13 @@ class WeightStage(Stage):
     def seconds(self) -> float:
         self._budgets = budgets(self.source, self.step, self.refs, self._context("allocation"), self.state, self.device)
         blocks = self.source.anatomy.blocks
-        first = blocks[0]
+        first = blocks[0] if self.solver.statistics else blocks[min(self.refs)]
+        if self.solver.gradients:
+            # what they are does not matter here; nothing is known of how long they take
+            shapes = {
+                ref.parameter: self.source.skeleton.get_parameter(ref.parameter).shape for ref in self.refs.get(0, [])
+            }
+            pretend_gradients(self.state / "gradients", first.index, shapes)
         if not self.solver.statistics:
             return self._timed(first) * len(self.refs)
         # with one batch of tokens and with two: what both share is solving, which does not grow with the tokens
@@ -110,12 +114,12 @@ class WeightStage(Stage):
         ids = torch.randint(
             self.source.anatomy.vocabulary, (count, length), generator=self._context("tokens").generator()
         )
-        total = len(self._propagate(Samples(list(ids), [], "random")).batches)
+        total = len(self._passes_of(Samples(list(ids), [], "random")).batches)
         took = []
         for batches in (1, 2):
-            self._propagation = self._propagate(Samples(list(ids[: max(1, batches * count // total)]), [], "random"))
-            self._propagation.capture(stored(self.source))
-            self._captured = True
+            self._passes = self._passes_of(Samples(list(ids[: max(1, batches * count // total)]), [], "random"))
+            shutil.rmtree(self._passes.folder, ignore_errors=True)  # hidden states of the last try
+            self._passes.capture()
             took.append(self._timed(first))
         each = max(took[1] - took[0], 0.0)
         return (max(took[0] - each, 0.0) + each * total) * len(blocks)
@@ -146,9 +150,9 @@ class WeightStage(Stage):
             if self.solver.gradients:
                 learn_gradients(self.source, samples, self.refs, self.state / "gradients", self.device, self.progress)
             if self.solver.statistics:
-                self._propagation = self._propagate(samples)
+                self._passes = self._passes_of(samples)
                 next_block = min(set(range(len(self.source.anatomy.blocks))) - self._done, default=None)
-                if self._done and next_block is not None and not self._propagation.done(next_block):
+                if self._done and next_block is not None and not self._passes.ready(next_block):
                     raise RequestError(
                         "this run was begun with another number of processes; go on with as many, or say --restart."
                     )
@@ -165,6 +169,7 @@ class WeightStage(Stage):
         self.notes.update(
             {f"mean {key.replace('_', ' ')}": sum(all_) / len(all_) for key, all_ in errors.items() if all_}
         )
+        self.warnings.append(self.step.registered.caution)
         unseen = sum(bool(entry.get("unseen")) for entry in self.matrices.values())
         if unseen:
             self.warnings.append(
@@ -174,10 +179,10 @@ class WeightStage(Stage):
 
     def _is_mine(self, piece: Piece) -> bool:
         # with statistics all processes walk through all blocks together, each with its share of the tokens
-        return self._propagation is not None or super()._is_mine(piece)
+        return self._passes is not None or super()._is_mine(piece)
 
     def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any] | None:
-        together, target = self._propagation is not None, self.target / name
+        together, target = self._passes is not None, self.target / name
         writes = not together or processes()[0] == 0
         for index in piece.blocks:
             lost = writes and index in self._done and not self._changes(index).exists() and not target.exists()
@@ -220,22 +225,31 @@ class WeightStage(Stage):
         said: dict[str, dict[str, Any]] = {}
         masks: dict[str, Tensor] = {}
         warnings: list[str] = []
-        self._capture()
+        if self._passes is not None:
+            self._passes.capture()
         with self._loaded(block, names) as (working, precise):
-            statistics, rows = self._statistics(block, refs, working)
-            for number, ref in enumerate(refs):
+
+            def settle(ref: MatrixRef, statistics: Statistics, rows: Rows) -> None:
                 context = self._context(f"block-{block.index}")
                 base = precise.get(ref.parameter, working[ref.parameter])
-                found, said[ref.name] = self._solve(number, ref, base, statistics, rows, context)
+                found, said[ref.name] = self._solve(number[ref.name], ref, base, statistics, rows, context)
                 masks[ref.name] = found.kept.cpu()
                 self._put(ref, base, found)
                 if ref.parameter in precise:
                     put(ref, working[ref.parameter], view(ref, base))
-                warnings += [sentence for sentence in context.warnings if sentence not in warnings]
-            del statistics
-            last = block.index + 1 == len(self.source.anatomy.blocks)
-            if self._propagation is not None and self.calibration.inputs == "compressed" and not last:
-                self._propagation.run(block.index, write=True)
+                warnings.extend(sentence for sentence in context.warnings if sentence not in warnings)
+
+            number = {ref.name: place for place, ref in enumerate(refs)}
+            if self._passes is None:
+                for ref in refs:
+                    settle(ref, UNSEEN, lambda name, held_out: None)
+            else:
+                self._passes.through(block, refs, working, settle)
+        if missing := [ref.name for ref in refs if ref.name not in said]:
+            raise RequestError(
+                f"no product with {missing[0]} was seen when its block ran, so nothing is known of its inputs; name other "
+                "matrices in `targets`, or use a method that needs no text."
+            )
         for name in set(working) - names:
             del working[name]
         # one at a time, so that a block is not held twice
@@ -243,15 +257,10 @@ class WeightStage(Stage):
             name: (precise.pop(name) if name in precise else working.pop(name)).to(self._written(name))
             for name in sorted(names)
         }
-        if processes()[0] == 0 or self._propagation is None:
+        if processes()[0] == 0 or self._passes is None:
             write_masks(self._masks() / f"{block.index}.safetensors", masks)
             write_tensors(self._changes(block.index), changed)
         return {"matrices": said, "warnings": warnings}
-
-    def _capture(self) -> None:
-        if self._propagation is not None and not self._captured:
-            self._propagation.capture(stored(self.source))
-            self._captured = True
 
     @contextmanager
     def _loaded(self, block: Block, names: set[str]) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
@@ -259,11 +268,11 @@ class WeightStage(Stage):
 
         Yields: the working parameters, and those of `names` as they are stored where working ones are less precise.
         """
-        compute = getattr(torch, self.calibration.dtype) if self._propagation else torch.float32
+        compute = getattr(torch, self.calibration.dtype) if self._passes else torch.float32
         working: dict[str, Tensor] = {}
         precise: dict[str, Tensor] = {}
         # one at a time, because a file stays mapped as long as a tensor of it lives
-        for name in block.parameters if self._propagation else sorted(names):
+        for name in block.parameters if self._passes else sorted(names):
             tensor = self.source.parameter(name).to(self.device)
             if name in names and torch.promote_types(compute, tensor.dtype) != compute:
                 precise[name] = tensor.clone()
@@ -280,39 +289,23 @@ class WeightStage(Stage):
             for name, parameter in empty.items():
                 put_parameter(model, name, parameter)
 
-    def _statistics(
-        self, block: Block, refs: Sequence[MatrixRef], working: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Statistics], Rows]:
-        """What the calibration tokens say of each matrix, and some of its inputs, calibration or held out."""
-        if self._propagation is None:
-            return {}, lambda name, held_out: None
-        dense = self.calibration.inputs == "dense"
-        wanted = {part for kind in self.solver.statistics for part in kind.wants}  # type: ignore[attr-defined]
-        bank = self.source.skeleton.get_submodule(block.experts.module) if block.experts else None
-        collector = Collector(refs, working, wanted, bank, self._propagation.batches)
-        self._propagation.run(
-            block.index, lambda batch: collector.watching(batch, to_the_end=dense), write=dense, enough=Enough
-        )
-        return collector.results(), collector.rows
-
     def _solve(
         self,
         number: int,
         ref: MatrixRef,
         base: Tensor,
-        statistics: Mapping[str, Statistics],
+        seen: Statistics,
         rows: Rows,
         context: Context,
     ) -> tuple[Mask | Update, dict[str, Any]]:
         """What becomes of one matrix, and what the receipt says of it. One process solves it, all get the result."""
         rank, world = processes()
-        together = self._propagation is not None and world > 1
+        together = self._passes is not None and world > 1
         found: Mask | Update | None = None
         entry: dict[str, Any] = {}
         if not together or number % world == rank:
             weight = Weight(ref.name, ref.block, ref.expert, (ref.rows, ref.columns), lambda: view(ref, base).float())
             budget = self._budgets[ref.name]
-            seen = statistics.get(ref.name, UNSEEN)
             gradients = read_gradients(self.state / "gradients", ref) if self.solver.gradients else None
             entry = {"removed": 0, "of": ref.rows * ref.columns, "updated": False}
             if self.solver.statistics and not seen.tokens:
@@ -329,16 +322,17 @@ class WeightStage(Stage):
             if context.notes:
                 entry["notes"] = context.notes
         if together:
-            found, entry = self._share(found, entry, number % world, (ref.rows, ref.columns))
+            found, entry = self._share(found, entry, context, number % world, (ref.rows, ref.columns))
         assert found is not None
         return found, entry
 
     def _share(
-        self, found: Mask | Update | None, entry: dict[str, Any], owner: int, shape: tuple[int, int]
+        self, found: Mask | Update | None, entry: dict[str, Any], context: Context, owner: int, shape: tuple[int, int]
     ) -> tuple[Mask | Update, dict[str, Any]]:
-        """What the process `owner` found, in every process."""
-        told = [entry]
+        """What the process `owner` found, and what it was warned of, in every process."""
+        told: list[Any] = [entry, context.warnings]
         dist.broadcast_object_list(told, owner)
+        context.warnings = told[1]
         kept = torch.empty(shape, dtype=torch.uint8) if found is None else found.kept.cpu().to(torch.uint8)
         dist.broadcast(kept, owner)
         if not told[0]["updated"]:
@@ -363,10 +357,9 @@ class WeightStage(Stage):
         """The dtype in which a parameter is written."""
         return stored_dtype(self.source, self.dtype, self.source.tensors[self.source.stored_keys(name)[0]].dtype)
 
-    def _propagate(self, samples: Samples) -> Propagation:
-        widest = max(max(ref.rows, ref.columns) for refs in self.refs.values() for ref in refs)
-        dtype = getattr(torch, self.calibration.dtype)
-        return Propagation(self.source, samples, self.state, dtype, self.device, widest)
+    def _passes_of(self, samples: Samples) -> Passes:
+        kinds = self.solver.statistics
+        return Passes(self.source, samples, self.calibration, kinds, self.refs, self.state, self.device)
 
     def _samples(self) -> Samples:
         """The calibration tokens: collected by the first process once, then read from the state."""
@@ -388,5 +381,5 @@ class WeightStage(Stage):
         return self.state / "changes" / f"{block}.safetensors"
 
     def _forget(self, block: int) -> None:
-        if self._propagation is not None:
-            self._propagation.forget(block)
+        if self._passes is not None:
+            self._passes.forget(block)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.calibration.propagation import Batch
 from secateur.calibration.statistics import UNSEEN, Statistics, Sums
 from secateur.context import processes
-from secateur.errors import RunError
+from secateur.errors import RequestError, RunError
 from secateur.network.matrices import MatrixRef, view
 
 ROWS = 512  # inputs kept of each point for the error on calibration and on held-out tokens
@@ -40,6 +40,7 @@ class _Seat:
         waiting: matrices that have not had their input yet.
         inputs: those seen so far with their points, alive so that no other tensor takes their place in memory.
         routes: which experts each token goes to, and how much each counts.
+        dense: it goes through the dense network, beside the pass that is counted.
     """
 
     held_out: bool
@@ -47,6 +48,7 @@ class _Seat:
     meet: Meet | None
     inputs: list[tuple[Tensor, str]] = field(default_factory=list)
     routes: tuple[Tensor, Tensor] | None = None
+    dense: bool = False
 
 
 class Collector:
@@ -70,11 +72,21 @@ class Collector:
     ) -> None:
         self._refs = {ref.name: ref for ref in refs}
         self._places = {view(ref, parameters[ref.parameter]).data_ptr(): ref for ref in refs}
+        # a matrix outside experts sees every token, and one expert at least of those that lie together sees some
+        together: dict[str, list[MatrixRef]] = {}
+        for ref in refs:
+            together.setdefault(ref.parameter, []).append(ref)
+        self._certain = {
+            name: [ref.name for ref in group]
+            for name, group in together.items()
+            if group[0].expert is None or (parameters[name].ndim == 3 and len(group) == len(parameters[name]))
+        }
         self._wanted = wanted
         self._bank = bank
         held_out = sum(batch.held_out for batch in batches)
         self._quota = {True: -(-ROWS // max(held_out, 1)), False: -(-ROWS // max(len(batches) - held_out, 1))}
         self._at = threading.local()
+        self._dense: dict[str, Tensor] = {}
         self._alias: dict[str, str] = {}
         self._sums: dict[str, Sums] = {}
         self._complete: dict[str, Statistics] = {}
@@ -101,28 +113,40 @@ class Collector:
             if hook is not None:
                 hook.remove()
 
+    @contextmanager
+    def recording_dense(self, batch: Batch) -> Iterator[None]:
+        """Keeps what this batch is in the dense network, for the pass of the same batch that is watched next."""
+        self._at.seat = _Seat(batch.held_out, {""}, None, dense=True)
+        try:
+            with _Products(self):
+                yield
+        finally:
+            del self._at.seat
+
     def see(self, weight: Tensor, inputs: Tensor) -> None:
         """One product of `inputs` with something that may be one of the matrices."""
         ref = self._places.get(weight.data_ptr())
         if ref is None or inputs.shape[-1] != ref.columns:
             return
         seat: _Seat = self._at.seat
+        if seat.dense:
+            self._dense[ref.name] = inputs.reshape(-1, ref.columns)
+            return
         # the same tensor, or the same numbers in another shape
         point = next((name for seen, name in seat.inputs if _same(seen, inputs)), None)
-        first = point is None
-        if point is None:
-            point = self._alias.setdefault(ref.name, ref.name)
+        first, point = point is None, point or ref.name
+        if self._alias.setdefault(ref.name, point) != point:
+            raise RunError(
+                f"{ref.name} reads one tensor in one batch and another in the next; it cannot be calibrated."
+            )
+        if first:
             seat.inputs.append((inputs, point))
             rows = inputs.reshape(-1, ref.columns)
             self._keep(point, rows, seat.held_out)
             if not seat.held_out:
                 if point not in self._sums:
                     self._sums[point] = Sums(self._wanted, ref.columns, inputs.device)
-                self._sums[point].add(rows, self._gates(ref, len(rows)))
-        elif self._alias.setdefault(ref.name, point) != point:
-            raise RunError(
-                f"{ref.name} reads one tensor in one batch and another in the next; it cannot be calibrated."
-            )
+                self._sums[point].add(rows, self._gates(ref, len(rows)), self._dense.get(ref.name))
         if seat.meet is not None:
             seat.meet(ref, point, first)
         seat.waiting.discard(ref.name)
@@ -132,9 +156,16 @@ class Collector:
     def results(self) -> dict[str, Statistics]:
         """The statistics of each matrix, those of all processes together.
 
-        Raises RunError naming the matrix whose inputs are not finite.
+        Raises RunError naming the matrix whose inputs are not finite, RequestError naming one that was never seen at work
+        though tokens must have reached it.
         """
         self._merge()
+        for parameter, names in self._certain.items():
+            if not any(self._alias.get(name, name) in self._sums for name in names):
+                raise RequestError(
+                    f"no product with {parameter} was seen when its block ran, so nothing is known of its inputs; name "
+                    "other matrices in `targets`, or use a method that needs no text."
+                )
         shared = {point: self.complete(point) for point in self._sums}
         return {name: shared.get(self._alias.get(name, name), UNSEEN) for name in self._refs}
 
@@ -236,8 +267,11 @@ class _Products(TorchFunctionMode):
             self._collector.see(args[1] if len(args) > 1 else kwargs["weight"], args[0])
         elif func is torch.addmm:
             self._collector.see(args[2], args[1])
-        elif func in _PRODUCTS and isinstance(args[1], Tensor) and args[1].dim() == 2:
-            self._collector.see(args[1], args[0])
+        elif func in _PRODUCTS and isinstance(args[1], Tensor):
+            if args[1].dim() == 2:
+                self._collector.see(args[1], args[0])
+            if args[0].dim() == 2:  # W xᵀ
+                self._collector.see(args[0], args[1].mT)
         return func(*args, **(kwargs or {}))
 
 

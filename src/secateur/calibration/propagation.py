@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from secateur.calibration.samples import Samples
 from secateur.context import processes
-from secateur.errors import RunError
+from secateur.errors import RequestError, RunError
 from secateur.files import atomic
 from secateur.network.source import Source
 from secateur.network.stream import Fetch, fetched
-from secateur.network.trace import first_tensor
+from secateur.network.trace import describe, first_tensor
+
+Call = Callable[[], tuple[Any, Any]]
+"""Gives the positional and the keyword arguments of one call of a block."""
 
 MOST_TOKENS = 4096  # of a batch: more gain nothing on a CPU
 ACTIVATION_BYTES = 64 * 10**6  # of the widest activation of a batch: what a wide model takes beside its weights
@@ -49,7 +53,7 @@ class _Hidden:
 
 
 class _Reached(Exception):  # noqa: N818 (a signal, not an error)
-    """The last block was called: what comes after it is not needed."""
+    """The head was reached: what comes after the blocks is not needed."""
 
 
 class Propagation:
@@ -57,17 +61,25 @@ class Propagation:
 
     Args:
         source: the network; only its skeleton is run, filled with weights that the caller gives.
-        folder: for the files of hidden states, one folder for each process.
+        folder, name: for the files of hidden states, one folder for each process.
         dtype: of hidden states and of the passes through blocks.
         widest: largest width of an activation inside a block; bounds the batches.
     """
 
     def __init__(
-        self, source: Source, samples: Samples, folder: Path, dtype: torch.dtype, device: str = "cpu", widest: int = 0
+        self,
+        source: Source,
+        samples: Samples,
+        folder: Path,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        widest: int = 0,
+        name: str = "hidden",
     ) -> None:
         self.source, self.dtype, self.device = source, dtype, device
         rank, world = processes()
-        self.folder = folder / f"hidden-{rank}"
+        # another number of processes shares the tokens out in another way
+        self.folder = folder / f"hidden-{rank}-of-{world}"
         self.width = source.anatomy.hidden
         tokens = max(1, min(MOST_TOKENS, ACTIVATION_BYTES // (dtype.itemsize * max(widest, self.width))))
         self.batches: list[Batch] = []
@@ -84,26 +96,39 @@ class Propagation:
         """Notes how the blocks are called, and writes their first hidden states unless a later file is there.
 
         fetch: gives the parameters outside the blocks.
+
+        Raises RequestError when the model does not simply pass hidden states from each block to the next.
         """
-        model, blocks = self.source.skeleton, self.source.anatomy.blocks
+        model, blocks, head = self.source.skeleton, self.source.anatomy.blocks, self.source.anatomy.head
         inside = {name for block in blocks for name in block.parameters}
         modules = [model.get_submodule(block.path) for block in blocks]
         states: list[Tensor] = []
+        seen: list[Tensor] = []  # the hidden states that each block was given in this batch
         self._calls = [[] for _ in blocks]
 
         def record(number: int, as_tuple: bool) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden = first_tensor((args, kwargs), self.width)
                 if hidden is None or hidden.dim() != 3:
-                    raise _OtherForm
+                    raise _OtherForm("a block is given no hidden states")
+                # each block stands for one that changes nothing, so a change comes from what lies between
+                if number != len(seen) or (seen and hidden is not seen[-1] and not torch.equal(hidden, seen[-1])):
+                    raise RequestError(
+                        f"{self.source.spec} does not run its blocks once each and one after the other (seen at "
+                        f"{blocks[number].path}), so calibration tokens cannot be passed through them one by one; use a "
+                        "method that needs none."
+                    )
+                seen.append(hidden)
                 if number == 0:
                     states.append(hidden.to(self.dtype))
                 self._calls[number].append(self._noted(args, kwargs, hidden))
-                if number == len(blocks) - 1:
-                    raise _Reached
                 return (hidden,) if as_tuple else hidden
 
             return forward
+
+        def reached(*_: Any) -> None:
+            if len(seen) == len(blocks):
+                raise _Reached
 
         def embeddings(names: Sequence[str]) -> dict[str, Tensor]:
             wanted = [name for name in names if name not in inside]
@@ -113,39 +138,57 @@ class Propagation:
         later = any(self.folder.glob("*.states"))
 
         def run(as_tuple: bool) -> None:
+            self._calls = [[] for _ in blocks]
+            self._shared.clear()
+            states.clear()
             for module, number in zip(modules, range(len(blocks)), strict=True):
                 module.forward = record(number, as_tuple)
             with _writing(path, later) as file:
                 for batch in self.batches:
+                    seen.clear()
                     with suppress(_Reached):
                         model(input_ids=batch.ids.to(self.device), use_cache=False)
                     if file is not None:
                         file.write(_raw(states.pop()))
                     states.clear()
 
+        last: RemovableHandle | None = None
         try:
-            with torch.no_grad(), self._prepared(), fetched(model, self.source.anatomy, embeddings):
+            with torch.no_grad(), self.prepared(), fetched(model, self.source.anatomy, embeddings):
+                if head is not None:  # what it computes is not needed; before it is fetched
+                    module = model.get_submodule(head.rpartition(".")[0])
+                    last = module.register_forward_pre_hook(reached, prepend=True)
                 try:
                     run(as_tuple=False)
                 except (_OtherForm, AttributeError, IndexError, TypeError, ValueError):
                     # blocks of some architectures give a tuple, of which the model takes the first entry
-                    self._calls = [[] for _ in blocks]
-                    self._shared.clear()
-                    states.clear()
-                    run(as_tuple=True)
+                    try:
+                        run(as_tuple=True)
+                    except (_OtherForm, AttributeError, IndexError, TypeError, ValueError) as error:
+                        raise RequestError(
+                            f"how {self.source.spec} runs its blocks is not understood ({describe(error)}), so calibration "
+                            "tokens cannot be passed through them; use a method that needs none."
+                        ) from error
         finally:
+            if last is not None:
+                last.remove()
             for module in modules:
                 del module.forward
 
+    def run(self, block: int, **options: Any) -> None:
+        """Passes all tokens through a block; arguments as `steps` takes them."""
+        for _ in self.steps(block, **options):
+            pass
+
     @torch.no_grad()
-    def run(
+    def steps(
         self,
         block: int,
         around: Callable[[Batch], AbstractContextManager[None]] = lambda batch: nullcontext(),
         write: bool = False,
         enough: type[Exception] | tuple[()] = (),
-    ) -> None:
-        """Passes all tokens through a block whose weights are in place.
+    ) -> Iterator[Batch]:
+        """Passes all tokens through a block whose weights are in place, one batch for each that is taken from here.
 
         Args:
             around: what each batch runs inside of.
@@ -154,26 +197,48 @@ class Propagation:
 
         Raises RunError naming the block when a hidden state is not finite.
         """
-        module = self.source.skeleton.get_submodule(self.source.anatomy.blocks[block].path)
-        with self._prepared(), _writing(self._path(block + 1), not write) as file:
+        module = self.module(block)
+        with self.prepared(), _writing(self._path(block + 1), not write) as file:
             for number, batch in enumerate(self.batches):
                 hidden = self._read(block, batch)
                 args, kwargs = self._call(block, number, hidden)
                 try:
                     with around(batch):
                         output = module(*args, **kwargs)
+                    states = self.states(output, block) if file is not None else None
                 except enough:
-                    continue
-                if file is None:
-                    continue
-                states = first_tensor(output, self.width)
-                assert states is not None, "a block gives hidden states"
-                if not bool(torch.isfinite(states.aminmax().max - states.aminmax().min)):
-                    raise RunError(
-                        f"block {block} gives non-finite hidden states on the calibration tokens; use a smaller sparsity, "
-                        "or float32 passes, or check the model."
-                    )
-                file.write(_raw(states.to(self.dtype)))
+                    states = None
+                if states is not None:
+                    file.write(_raw(states))
+                yield batch
+
+    def calls(self, block: int) -> list[tuple[Batch, Call]]:
+        """How a block is called for each batch; its hidden states are read when the call is asked for."""
+
+        def call(number: int, batch: Batch) -> Call:
+            return lambda: self._call(block, number, self._read(block, batch))
+
+        return [(batch, call(number, batch)) for number, batch in enumerate(self.batches)]
+
+    def module(self, block: int) -> nn.Module:
+        return self.source.skeleton.get_submodule(self.source.anatomy.blocks[block].path)
+
+    def states(self, output: Any, block: int) -> Tensor:
+        """The hidden states in what a block gives. Raises RunError naming the block when they are not finite."""
+        found = first_tensor(output, self.width)
+        assert found is not None, "a block gives hidden states"
+        if not bool(torch.isfinite(torch.stack(found.aminmax())).all()):
+            raise RunError(
+                f"block {block} gives non-finite hidden states on the calibration tokens; use a smaller sparsity, or "
+                "float32 passes, or check the model."
+            )
+        return found.to(self.dtype)
+
+    def write(self, block: int, states: Sequence[Tensor]) -> None:
+        """The hidden states that this block reads, batch by batch."""
+        with _writing(self._path(block), False) as file:
+            for each in states:
+                file.write(_raw(each))
 
     def done(self, block: int) -> bool:
         """Whether the hidden states that this block reads are there."""
@@ -191,7 +256,7 @@ class Propagation:
         return self.folder / f"{block}.states"
 
     @contextmanager
-    def _prepared(self) -> Iterator[None]:
+    def prepared(self) -> Iterator[None]:
         """Experts run one by one, each as a matrix of its own: that is where their inputs are seen."""
         config = getattr(self.source.skeleton, "config", None)
         before = getattr(config, "_experts_implementation", None)

@@ -38,6 +38,8 @@ class Calibration(BaseModel):
         held_out: sequences beside those, for the reports alone; default an eighth more.
         order: whether windows are drawn at random (by the run's seed) or taken from the beginning.
         inputs: whether a block's inputs come through the compressed blocks before it, or through the dense ones.
+        sequential: solve each matrix as soon as all tokens have reached it, so that those after it in the block see it
+            changed (true-sequential); one pass in place of two, but the activations of all tokens in a block are in memory.
         dtype: of the passes through blocks; statistics and solving stay in float32.
     """
 
@@ -49,6 +51,7 @@ class Calibration(BaseModel):
     held_out: int | None = Field(default=None, ge=0)
     order: Literal["random", "first"] = "random"
     inputs: Literal["compressed", "dense"] = "compressed"
+    sequential: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
@@ -67,6 +70,8 @@ class Calibration(BaseModel):
 
     def check(self) -> None:
         """Raises RequestError when `data` names nothing that can be read."""
+        if self.sequential and self.inputs == "dense":
+            raise RequestError("calibration: sequential needs compressed inputs; leave inputs out.")
         if self.data == SELF or self.data.startswith("dataset:") or Path(self.data).is_file():
             return
         raise RequestError(

@@ -20,7 +20,7 @@ class Sums:
     """Running sums over the tokens that one input has seen.
 
     Args:
-        wanted: among "gram", "squares", "sum" and "gated".
+        wanted: among "gram", "cross", "squares", "sum" and "gated".
         columns: d, width of the input.
     """
 
@@ -32,18 +32,26 @@ class Sums:
         # single numbers for each column are cheap in float64, and long sums of squares need it
         self.parts = {
             name: torch.zeros(columns, columns, device=device)
-            if name == "gram"
+            if name in ("gram", "cross")
             else torch.zeros(columns, dtype=torch.float64, device=device)
             for name in sorted(wanted)
         }
 
     @torch.no_grad()
-    def add(self, inputs: Tensor, gates: Tensor | None = None) -> None:
-        """Counts (t, d) inputs, each with the gate (t,) that its expert's output is multiplied by; 1 where there is none."""
+    def add(self, inputs: Tensor, gates: Tensor | None = None, dense: Tensor | None = None) -> None:
+        """Counts (t, d) inputs.
+
+        Args:
+            gates: (t,) what the output of their expert is multiplied by; 1 where there is none.
+            dense: (t, d) what the same tokens are there in the dense network.
+        """
         inputs = inputs.reshape(-1, inputs.shape[-1]).float()
         self.tokens += len(inputs)
         if "gram" in self.parts:
             _add_gram(self.parts["gram"], inputs)
+        if "cross" in self.parts:
+            assert dense is not None, "who asks for the dense inputs gives them"
+            self.parts["cross"].addmm_(dense.reshape(inputs.shape).float().T, inputs)
         if "squares" in self.parts:
             self.parts["squares"] += inputs.square().sum(dim=0)
         if "sum" in self.parts:
@@ -178,6 +186,24 @@ class Gram:
 
 
 @dataclass(frozen=True)
+class CrossGram:
+    """What the inputs are in the dense network against what they are behind compressed layers, on the same tokens.
+
+    Args:
+        matrix: (d, d) sum over tokens of x yᵀ, x in the dense network, y behind the compressed layers, float32.
+        tokens: how many were seen.
+    """
+
+    matrix: Tensor
+    tokens: int
+    wants: ClassVar[frozenset[str]] = frozenset({"cross"})
+
+    @classmethod
+    def of(cls, sums: Sums) -> "CrossGram":
+        return cls(sums.parts["cross"], sums.tokens)
+
+
+@dataclass(frozen=True)
 class Gradients:
     """How much the loss reacts to each weight.
 
@@ -190,7 +216,7 @@ class Gradients:
     samples: int
 
 
-INPUT_STATISTICS: tuple[type, ...] = (InputNorms, GatedNorms, Moments, Gram)
+INPUT_STATISTICS: tuple[type, ...] = (InputNorms, GatedNorms, Moments, Gram, CrossGram)
 
 
 class Statistics:

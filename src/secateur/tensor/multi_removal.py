@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.tensor.masked_least_squares import Descent, Preconditioner, Surrogate
+from secateur.tensor.masked_least_squares import Descent, Preconditioner
 
 
 class Rule(NamedTuple):
@@ -31,10 +31,11 @@ class Rule(NamedTuple):
 
 
 class Scanned(NamedTuple):
-    """kept: (r, d) bool. matrix: (r, d), 0 where not kept, a few steps from the best update for this mask."""
+    """kept: (r, d) bool. matrix: (r, d), 0 where not kept, near the best update for this mask. preconditioner: for it."""
 
     kept: Tensor
     matrix: Tensor
+    preconditioner: Preconditioner
 
 
 def singly(select: Callable[[Tensor, int], Tensor]) -> Rule:
@@ -89,7 +90,9 @@ def pattern_losses(w: Tensor, inverse: Tensor, remove: int) -> Tensor:
         return found
 
     # members of a group first, so that each of them is contiguous
-    return torch.stack(losses(w.movedim(-1, 0).contiguous(), inverse.movedim((-2, -1), (0, 1)).contiguous(), remove), -1)
+    return torch.stack(
+        losses(w.movedim(-1, 0).contiguous(), inverse.movedim((-2, -1), (0, 1)).contiguous(), remove), -1
+    )
 
 
 def diagonal_blocks(matrix: Tensor, group: int) -> Tensor:
@@ -146,63 +149,79 @@ def scan_exactly(weight: Tensor, inverse: Tensor, rule: Rule, block: int = 128) 
     return kept
 
 
-def scan(weight: Tensor, hessian: Tensor, inverse: Tensor, rule: Rule, step: int = 16, block: int = 128) -> Scanned:
-    """The mask of `scan_exactly`, nearly, for the price of a few matrix products; and finer, because `step` is small.
+def scan(weight: Tensor, hessian: Tensor, inverse: Tensor, rule: Rule, block: int = 16, every: int = 256) -> Scanned:
+    """The mask of `scan_exactly`, nearly, for the price of a few matrix products.
 
-    Two things are approximate, and the masks are at least as good for it, because blocks can be small:
+    Two things are approximate, which small blocks make up for:
 
     - The conditional inverse is H⁻¹_ac Π_p √((1 − ρ_ap²) (1 − ρ_cp²)) over the p that have gone, ρ the partial
       correlations in H⁻¹. That is exact for one p, and nearly so for many, because partial correlations are small: on
-      SmolLM2-135M the diagonal is 0.5 to 1.5 % too high, where H⁻¹_cc itself is 10 to 18 % too high.
-    - The weights are current to first order only. The `step` columns just chosen are removed jointly, as if nothing had
-      gone before; after each `block` columns one step of conjugate gradients brings all rows towards the best update.
+      three matrices of SmolLM2-135M the diagonal came out 0.5 to 1.4 % too high, where H⁻¹_cc itself is 10 to 20 % too high.
+    - The weights are current to first order. The weights just chosen in a block are removed jointly, as if nothing had
+      gone before; after `every` columns one step of conjugate gradients brings all rows towards their best update.
+
+    Source: ours. On the same three matrices, with the best update for every mask, its loss was 1 % above that of
+    `scan_exactly` with the same blocks of 16, and 1 % below that with blocks of 128.
 
     Args:
         weight: (r, d), not changed. Its dtype is the one that is computed in.
         hessian: (d, d) H.
         inverse: (d, d) H⁻¹.
-        step: columns chosen at once, a multiple of the rule's group.
-        block: columns between two steps over everything, a multiple of `step`.
+        block: columns chosen at once, a multiple of the rule's group.
+        every: columns between two steps over everything, a multiple of `block`.
     """
     columns = weight.shape[1]
     kept = torch.ones_like(weight, dtype=torch.bool)
     matrix = weight.clone()
     shrink = torch.zeros_like(weight)  # log of conditional over unconditional inverse diagonal
     spread = inverse.diagonal()
-    preconditioner = None
-    for begin in range(0, columns, block):
-        end = min(begin + block, columns)
+    preconditioner = Preconditioner(hessian, inverse, kept)
+    for begin in range(0, columns, every):
+        end = min(begin + every, columns)
         whole = slice(begin, end)
         correlation = inverse[whole].square() / spread[whole, None] / spread
         logs = torch.log1p(-correlation.clamp_max(1 - 1e-6))
-        share = torch.zeros_like(weight[:, whole])
-        for start in range(begin, end, step):
-            stop = min(start + step, end)
+        gone, share = torch.zeros_like(weight[:, whole]), torch.zeros_like(weight[:, whole])
+        for start in range(begin, end, block):
+            stop = min(start + block, end)
             here, local = slice(start, stop), slice(start - begin, stop - begin)
             blocks = diagonal_blocks(inverse[here, here], rule.group)[None]
             kept[:, here] = rule.choose(matrix[:, here] * (-shrink[:, here] / 2).exp(), blocks, start)
-            gone = (~kept[:, here]).to(weight.dtype)
-            share[:, local] = _share(matrix[:, here] * gone, gone, inverse[here, here])
+            gone[:, local] = ~kept[:, here]
+            share[:, local] = _share(matrix[:, here], gone[:, local], inverse[here, here])
             matrix[:, whole].addmm_(share[:, local], inverse[here, whole], alpha=-1)
-            matrix[:, whole] *= kept[:, whole]
-            shrink[:, stop:end].addmm_(gone, logs[local, stop:end])
-        gone = (~kept[:, whole]).to(weight.dtype)
+            matrix[:, whole] *= 1 - gone
+            shrink[:, stop:end].addmm_(gone[:, local], logs[local, stop:end])
         for other in (slice(0, begin), slice(end, columns)):
             matrix[:, other].addmm_(share, inverse[whole, other], alpha=-1)
-        if end == columns:
-            break
         shrink[:, end:].addmm_(gone, logs[:, end:])
-        matrix *= kept
-        if preconditioner is None:
-            preconditioner = Preconditioner(Surrogate(hessian, inverse), kept)
-        else:
-            preconditioner.drop(gone, begin)
-        Descent(weight, hessian, kept, preconditioner, matrix).step()
-    return Scanned(kept, matrix.mul_(kept))
+        preconditioner.drop(kept[:, whole], begin)
+        matrix *= preconditioner.mask
+        if end < columns:
+            descent = Descent(weight, hessian, preconditioner, matrix)
+            descent.aim()
+            descent.move()
+    return Scanned(kept, matrix, preconditioner)
 
 
-def _share(w: Tensor, gone: Tensor, inverse: Tensor) -> Tensor:
-    """(r, b) w_P (H⁻¹_PP)⁻¹ at each row's own P, 0 elsewhere. w: (r, b), 0 where not gone. inverse: (b, b)."""
-    restricted = inverse * gone[:, :, None] * gone[:, None, :]
-    restricted.diagonal(dim1=1, dim2=2).add_(1 - gone)
-    return torch.cholesky_solve(w[:, :, None], torch.linalg.cholesky(restricted))[:, :, 0]
+def _share(w: Tensor, gone: Tensor, inverse: Tensor, steps: int = 3) -> Tensor:
+    """(r, b) w_P (H⁻¹_PP)⁻¹ at each row's own P, 0 elsewhere, by conjugate gradients with few steps, since few are needed.
+
+    Args:
+        w: (r, b).
+        gone: (r, b) 1 on P, 0 elsewhere.
+        inverse: (b, b).
+    """
+    scale = inverse.diagonal().rsqrt()
+    inverse = inverse * scale[:, None] * scale
+    residual = w * gone * scale
+    found, direction = torch.zeros_like(w), residual.clone()
+    square = residual.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        ahead = (direction @ inverse).mul_(gone)
+        length = square / (direction * ahead).sum(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+        found.addcmul_(length, direction)
+        residual.addcmul_(length, ahead, value=-1)
+        before, square = square, residual.square().sum(1, keepdim=True)
+        direction = residual + square / before.clamp_min(torch.finfo(w.dtype).tiny) * direction
+    return found * scale

@@ -300,7 +300,7 @@ def test_counts_are_exact_and_each_schedule_is_better_than_the_one_below(text: s
     budget = Budget.uniform(Pattern.parse(text), (48, 64))
     rule = singly(by_budget(budget, 16).choose)
     at_once = choose_at_once(weight, inverse, singly(by_budget(budget, 64).choose))
-    scanned = scan(weight, hessian, inverse, rule, 16, 32)
+    scanned = scan(weight, hessian, inverse, rule, 16, 2)
     exact = scan_exactly(weight, inverse, rule, 16)
     losses = []
     for kept in (at_once, scanned.kept, exact):
@@ -331,7 +331,7 @@ def test_the_first_block_of_a_scan_is_chosen_from_the_dense_weights() -> None:
     weight, hessian, inverse = _problem(8, 48)
     rule = jointly(2, 4)
     wanted = choose_at_once(weight, inverse, rule)[:, :16]
-    assert torch.equal(scan(weight, hessian, inverse, rule, 16, 16).kept[:, :16], wanted)
+    assert torch.equal(scan(weight, hessian, inverse, rule, 16, 3).kept[:, :16], wanted)
     assert torch.equal(scan_exactly(weight, inverse, rule, 16)[:, :16], wanted)
 
 
@@ -339,7 +339,7 @@ def test_one_column_at_a_time_the_scan_knows_exactly_what_the_last_one_did() -> 
     # after one removal both the first order and the product of squares are exact, so the second choice is the exact one
     weight, hessian, inverse = _problem(32, 2)
     rule = singly(lambda scores, start: keep_overall(scores, 16))
-    assert torch.equal(scan(weight, hessian, inverse, rule, 1, 2).kept, scan_exactly(weight, inverse, rule, 1))
+    assert torch.equal(scan(weight, hessian, inverse, rule, 1, 1).kept, scan_exactly(weight, inverse, rule, 1))
 
 
 def test_too_many_patterns_are_refused() -> None:
@@ -371,16 +371,16 @@ def layer() -> tuple[Tensor, Gram]:
 )
 def test_apt_updates_exactly_whatever_the_schedule(layer: Any, schedule: str, pattern: str, rule: str) -> None:
     matrix, gram = layer
-    found = _apt(matrix, gram, pattern, schedule=schedule, mask_rule=rule, every=32)
+    found = _apt(matrix, gram, pattern, schedule=schedule, mask_rule=rule)
     hessian = gram.damped()
     dense = matrix.masked_fill(hessian.dead, 0)
     best = solve_directly(dense, hessian.matrix, hessian.inverse, found.kept)
     assert bool((_loss(dense, found.matrix, hessian.matrix) <= 1.002 * best.loss).all())
     assert bool((found.matrix[:, 5] == 0).all())
-    direct = _apt(matrix, gram, pattern, schedule=schedule, mask_rule=rule, every=32, solver="direct")
+    direct = _apt(matrix, gram, pattern, schedule=schedule, mask_rule=rule, solver="direct")
     assert torch.equal(direct.kept, found.kept)
     torch.testing.assert_close(direct.matrix, best.weight)
-    swept = _apt(matrix, gram, pattern, schedule=schedule, mask_rule=rule, every=32, compensation="S")
+    swept = _apt(matrix, gram, pattern, schedule=schedule, mask_rule=rule, compensation="S")
     torch.testing.assert_close(swept.matrix, sweep(matrix, hessian, found.kept).weight)
 
 

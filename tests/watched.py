@@ -21,6 +21,10 @@ def _watching(model: nn.Module, seen: dict[str, list[tuple[Tensor, Tensor]]]) ->
     def linear(path: str) -> Any:
         return lambda module, args: note(f"{path}.weight", args[0])
 
+    def step(path: str) -> Any:
+        width = model.get_submodule(path).in_features
+        return lambda module, args, output: note(f"{path}.weight", output[..., :width])
+
     def experts(path: str, normalised: bool) -> Any:
         """Routes tokens anew from the router's scores, and runs each expert on what it is sent."""
         router = model.get_submodule(path.removesuffix("experts") + "gate")
@@ -43,6 +47,10 @@ def _watching(model: nn.Module, seen: dict[str, list[tuple[Tensor, Tensor]]]) ->
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             handles.append(module.register_forward_pre_hook(linear(path)))
+            if path.endswith(
+                "mixer.x_proj"
+            ):  # Mamba multiplies with the next matrix's weight and never runs its module
+                handles.append(module.register_forward_hook(step(path.removesuffix("x_proj") + "dt_proj")))
         elif path.endswith(".experts"):
             normalised = getattr(model.config, "norm_topk_prob", True)
             handles.append(module.register_forward_pre_hook(experts(path, normalised)))
@@ -61,3 +69,20 @@ def inputs(model: nn.Module, sequences: Sequence[Tensor]) -> Seen:
         for ids in sequences:
             model(input_ids=ids.unsqueeze(0), use_cache=False)
     return {name: (torch.cat([x for x, _ in parts]), torch.cat([g for _, g in parts])) for name, parts in seen.items()}
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference as a fraction of the largest entry."""
+    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def sums(inputs: Tensor, gates: Tensor) -> dict[str, Tensor]:
+    """What methods are told of them, in float64 and at once."""
+    x = inputs.double()
+    return {
+        "squares": x.square().sum(dim=0),
+        "gated": (x * gates.double().unsqueeze(1)).square().sum(dim=0),
+        "mean": x.mean(dim=0),
+        "variance": x.var(dim=0, unbiased=False),
+        "gram": x.T @ x,
+    }

@@ -79,7 +79,7 @@ class Propagation:
         self.source, self.dtype, self.device = source, dtype, device
         rank, world = processes()
         # another number of processes shares the tokens out in another way
-        self.folder = folder / f"hidden-{rank}-of-{world}"
+        self.folder = folder / f"{name}-{rank}-of-{world}"
         self.width = source.anatomy.hidden
         tokens = max(1, min(MOST_TOKENS, ACTIVATION_BYTES // (dtype.itemsize * max(widest, self.width))))
         self.batches: list[Batch] = []

@@ -19,6 +19,7 @@ from torch import Tensor
 from secateur.context import Progress, silent
 from secateur.errors import RequestError
 from secateur.evaluation.text import read_text, self_written, tokenize
+from secateur.network.checkpoint import line
 from secateur.network.source import Source, load, tokenizer
 
 logger = logging.getLogger(__name__)
@@ -204,7 +205,7 @@ def _pieces(source: Source, data: str) -> list[Tensor]:
             if encode is None:
                 encode = _encoder(source)
             text.append(encode(value))
-        elif isinstance(value, list) and value and all(type(number) is int for number in value):
+        elif isinstance(value, list) and value and all(type(number) is int and abs(number) < 2**63 for number in value):
             given.append(torch.tensor(value, dtype=torch.int64))
         elif value not in ([], ""):
             raise RequestError(
@@ -225,7 +226,7 @@ def _json(path: Path) -> list[Any]:
     try:
         text = path.read_text(encoding="utf-8")
         entries = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
+            [json.loads(each) for each in text.split("\n") if each.strip()]
             if path.suffix == ".jsonl"
             else json.loads(text)
         )
@@ -244,14 +245,18 @@ def _dataset(name: str) -> Iterator[Any]:
         raise RequestError(
             f"dataset:{name} needs the datasets library: pip install secateur[data], or name a file."
         ) from error
-    parts = name.split(",")
-    repository, rest = parts[0], parts[1:]
-    column = rest.pop() if len(rest) > 2 else "text"
-    split = rest.pop() if len(rest) > 1 or (rest and rest[0] in ("train", "validation", "test")) else "train"
+    repository, *rest = name.split(",")
+    if rest and rest[0].partition("[")[0] in ("train", "validation", "test"):
+        configuration = []
+    else:
+        configuration, rest = rest[:1], rest[1:]
+    split, column, *more = [*rest, *("train", "text")[len(rest) :]]
+    if more:
+        raise RequestError(f"dataset:{name} is not of the form dataset:NAME[,CONFIGURATION][,SPLIT[,COLUMN]].")
     try:
-        rows = datasets.load_dataset(repository, *rest, split=split)
+        rows = datasets.load_dataset(repository, *configuration, split=split)
     except Exception as error:  # each builder and the hub fail in their own ways
-        raise RequestError(f"dataset:{name} could not be opened: {str(error).strip().splitlines()[0][:200]}") from error
+        raise RequestError(f"dataset:{name} could not be opened: {line(error)}") from error
     if column not in rows.column_names and "input_ids" not in rows.column_names:
         raise RequestError(f"dataset:{name} has no column '{column}'; it has: {', '.join(rows.column_names)}.")
     return ({"text": row[column]} if column in row else {"input_ids": row["input_ids"]} for row in rows)

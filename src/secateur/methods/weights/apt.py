@@ -46,7 +46,7 @@ def apt(
     compensation: Literal["M", "S"] = "M",
     schedule: Literal["blocks", "exact", "fast"] = "blocks",
     block: Annotated[int, Field(ge=1)] = 16,
-    every: Annotated[int, Field(ge=1)] = 256,
+    parts: Annotated[int, Field(ge=1)] = 3,
     solver: Literal["steps", "direct"] = "steps",
     tolerance: Annotated[float, Field(gt=0)] = 1e-3,
     mask: MaskFrom = None,
@@ -63,7 +63,7 @@ def apt(
             approximation, which takes hundreds of times as long; "fast" chooses the whole mask from the dense weights.
         block: columns among which weights are chosen at once, all rows competing for a plain fraction and tiles; rounded
             to whole tiles or groups. "fast" heeds it not.
-        every: in "blocks", columns between two steps that bring all rows up to date.
+        parts: of "blocks", into which the columns are divided; between two of them all rows are brought up to date.
         solver: "steps" stops once every row's loss is proven to be nearly the least; "direct" factors a matrix for each
             row, which takes about ten times as long for a thousand inputs, and more for more.
         tolerance: of "steps": how far above the least a row's loss may be, as a fraction of it.
@@ -86,14 +86,15 @@ def apt(
         if schedule == "exact":
             kept = scan_exactly(dense, inverse, rule, width)
         else:
-            kept, start, preconditioner = scan(dense, matrix, inverse, rule, width, max(1, every // width) * width)
+            kept, start, preconditioner = scan(dense, matrix, inverse, rule, width, parts)
     if compensation == "S":
         found = sweep(dense, hessian, kept).weight
     elif solver == "direct":
         found = solve_directly(dense, matrix, inverse, kept).weight
     else:
         found = solve_by_steps(dense, matrix, inverse, kept, start, tolerance, preconditioner=preconditioner).weight
-    return Update(found.to(weight.matrix.dtype), kept)
+    # weights of dead inputs start at 0 and may come back as rounding
+    return Update(found.masked_fill(hessian.dead, 0).to(weight.matrix.dtype), kept)
 
 
 def _rule(name: str, budget: Budget, block: int) -> tuple[Rule, int]:

@@ -6,6 +6,11 @@ removed weights that would help for kept ones that matter little (secateur.tenso
 
 Written from a description of the method: the published code has no licence and was not read. It refines attention alone
 by default; here `targets` says what is refined.
+
+same_sign is on by default, although the published code is said to run without it: there the error of most rows swings
+about zero until the cycles are used up. SmolLM2-135M, all matrices, Wanda's masks from the dense model's inputs (4096
+tokens of WikiText-2's test text, perplexity on 3072 others, one run each): at 70 % Wanda 718, without the test 1410,
+with it 613, with a relative threshold as well 601; at 60 % 136, 242, 144, 142. DSnoT is not always a gain.
 """
 
 from typing import Annotated
@@ -37,7 +42,7 @@ def dsnot(
     threshold: Annotated[float, Field(ge=0)] = 0.1,
     length: Annotated[int, Field(ge=1)] = 2048,
     relative: bool = False,
-    same_sign: bool = False,
+    same_sign: bool = True,
 ) -> Mask:
     """Swaps removed and kept weights of each row until the mean of its output is nearly what it was.
 
@@ -50,7 +55,8 @@ def dsnot(
             of weights and inputs.
         length: the published error is summed over a sequence of so many tokens, ours is the mean of a token times this.
         relative: threshold is instead a fraction of the row's error at the start, which depends on no scale (ours).
-        same_sign: refuse swaps after which the error has changed its sign; N:M always does, as published.
+        same_sign: refuse swaps after which the error has changed its sign, so that it falls at every swap; N:M always
+            does. false is how the published code is said to run.
     """
     if mask is None:
         raise RequestError("dsnot refines the mask of another method: name one, such as mask=wanda.")

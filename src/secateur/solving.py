@@ -96,13 +96,20 @@ def _check(found: Mask | Update, weight: Weight, where: str) -> None:
         raise RunError(f"{where}: the new weights have shape {list(found.matrix.shape)}, not {list(shape)}.")
     if not finite(found.matrix):
         raise RunError(f"{where}: the new weights are not finite; use more damping, a smaller sparsity or more tokens.")
-    if bool((found.matrix.masked_fill(found.kept, 0.0) != 0).any()):
+    if not zero_where_removed(found.matrix, found.kept):
         raise RunError(f"{where}: weights that were to be removed are not zero.")
 
 
 def finite(tensor: Tensor) -> bool:
     """Whether every value is finite; found by the extremes, which carry any that is not."""
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+def zero_where_removed(matrix: Tensor, kept: Tensor, rows: int = 1024) -> bool:
+    """Whether (r, d) `matrix` is zero wherever `kept` is False; some rows at a time, because it may be large."""
+    return not any(
+        bool((part.masked_fill(mask, 0) != 0).any()) for part, mask in zip(matrix.split(rows), kept.split(rows), strict=True)
+    )
 
 
 def relative_error(inputs: Tensor, before: Tensor, found: Mask | Update, rows: int = 1024) -> float:

@@ -84,7 +84,10 @@ def budgets(
     state: Path,
     device: str = "cpu",
 ) -> dict[str, Budget]:
-    """How many weights each matrix loses: alike, or as the step's allocation divides them. Decided once, then read."""
+    """How many weights each matrix loses: alike, or as the step's allocation divides them.
+
+    Decided once, then read from the state; `context` has the allocation's notes either way.
+    """
     pattern = Pattern.parse(step.parameters["pattern"])
     alike = uniform(refs, pattern)
     if not step.parameters["allocation"]:
@@ -110,7 +113,9 @@ def budgets(
         found = method.function(**given, **Solver.of(method, parameters).parameters).remove
         if set(found) != set(alike) or sum(found.values()) != total:
             raise RequestError(f"{name} divides {sum(found.values())} of {total} weights; report this.")
-        write_json(path, dict(found))
+        write_json(path, {"remove": dict(found), "notes": context.notes, "warnings": context.warnings})
     barrier()
-    counts = json.loads(path.read_text())
+    told = json.loads(path.read_text())
+    context.notes, context.warnings = told["notes"], told["warnings"]
+    counts = told["remove"]
     return {name: Budget(pattern, counts[name], budget.shape) for name, budget in alike.items()}

@@ -21,14 +21,14 @@ from secateur.context import Context, barrier, processes
 from secateur.errors import RequestError, RunError
 from secateur.files import read_tensors, write_json, write_tensors
 from secateur.network.anatomy import Block
-from secateur.network.masks import FOLDER, read_mask_file, write_masks
+from secateur.network.masks import FOLDER, PackedMask, read_mask_file, write_masks
 from secateur.network.matrices import MatrixRef, put, view
 from secateur.network.source import open_model
 from secateur.network.store import raw_config, stored_dtype
 from secateur.network.stream import Fetch, Piece, put_parameter
 from secateur.network.verify import stored
 from secateur.network.views import Mask, Update, Weight
-from secateur.solving import Solver, relative_error
+from secateur.solving import Solver, relative_error, zero_where_removed
 from secateur.stage import Stage
 from secateur.targets import budgets, chosen
 from secateur.tensor.patterns import Budget
@@ -143,7 +143,10 @@ class WeightStage(Stage):
 
     def _prepare(self) -> None:
         self._done = {entry["block"] for entry in Journal(self.state).entries() if "block" in entry}
-        self._budgets = budgets(self.source, self.step, self.refs, self._context("allocation"), self.state, self.device)
+        allocation = self._context("allocation")
+        self._budgets = budgets(self.source, self.step, self.refs, allocation, self.state, self.device)
+        self.notes |= allocation.notes
+        self.warnings += allocation.warnings
         if self.solver.calibrated:
             samples = self._samples()
             self.notes["calibration"] = samples.describe()
@@ -223,7 +226,7 @@ class WeightStage(Stage):
         refs = self.refs.get(block.index, [])
         names = {ref.parameter for ref in refs}
         said: dict[str, dict[str, Any]] = {}
-        masks: dict[str, Tensor] = {}
+        masks: dict[str, PackedMask] = {}
         warnings: list[str] = []
         if self._passes is not None:
             self._passes.capture()
@@ -233,7 +236,7 @@ class WeightStage(Stage):
                 context = self._context(f"block-{block.index}")
                 base = precise.get(ref.parameter, working[ref.parameter])
                 found, said[ref.name] = self._solve(number[ref.name], ref, base, statistics, rows, context)
-                masks[ref.name] = found.kept.cpu()
+                masks[ref.name] = PackedMask.of(found.kept)
                 self._put(ref, base, found)
                 if ref.parameter in precise:
                     put(ref, working[ref.parameter], view(ref, base))
@@ -350,7 +353,7 @@ class WeightStage(Stage):
             where.masked_fill_(~found.kept, 0)
         where.copy_(self._cast(ref.name, where, self._written(ref.parameter)))
         # after the cast, because that is what counts
-        if bool((where.masked_fill(found.kept, 0) != 0).any()):
+        if not zero_where_removed(where, found.kept):
             raise RunError(f"{ref.name}: weights that were to be removed are not zero; report this.")
 
     def _written(self, name: str) -> torch.dtype:

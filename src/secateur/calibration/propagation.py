@@ -28,7 +28,7 @@ Call = Callable[[], tuple[Any, Any]]
 """Gives the positional and the keyword arguments of one call of a block."""
 
 MOST_TOKENS = 4096  # of a batch: more gain nothing on a CPU
-ACTIVATION_BYTES = 64 * 10**6  # of the widest activation of a batch: what a wide model takes beside its weights
+ACTIVATION_BYTES = 16 * 10**6  # of the widest activation of a batch: what a wide model takes beside its weights
 
 
 @dataclass(frozen=True)

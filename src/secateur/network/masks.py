@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,10 +31,22 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return bits.view(-1)[: torch.Size(shape).numel()].bool().view(shape)
 
 
-def write_masks(path: Path, kept: Mapping[str, Tensor]) -> None:
+@dataclass(frozen=True)
+class PackedMask:
+    """A mask in an eighth of its memory."""
+
+    bits: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, kept: Tensor) -> "PackedMask":
+        return cls(pack(kept).cpu(), tuple(kept.shape))
+
+
+def write_masks(path: Path, kept: Mapping[str, PackedMask]) -> None:
     """Writes masks by the names of their matrices; shapes go into the header."""
     shapes = {name: list(mask.shape) for name, mask in kept.items()}
-    write_tensors(path, {name: pack(mask) for name, mask in kept.items()}, {"shapes": json.dumps(shapes)})
+    write_tensors(path, {name: mask.bits for name, mask in kept.items()}, {"shapes": json.dumps(shapes)})
 
 
 def read_mask_file(path: Path) -> dict[str, Tensor]:

@@ -29,4 +29,4 @@ def moe_pruner(weight: Weight, norms: GatedNorms, budget: Budget, *, per: Litera
     Args:
         per: compare scores within each output row, or within the whole matrix.
     """
-    return Mask(budget.mask(weight.matrix.abs() * (norms.squares / norms.tokens).sqrt(), per))
+    return Mask(budget.mask(weight.matrix.abs().mul_((norms.squares / norms.tokens).sqrt()), per))

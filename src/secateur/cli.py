@@ -76,8 +76,7 @@ def compress(
 
         if (method is None) == (recipe is None):
             raise RequestError("give either --method NAME or --recipe FILE.")
-        plan = Recipe.read(recipe) if recipe else Recipe.parse({"steps": [{str(method): {}}]})
-        plan = plan.override(set_ or [])
+        plan = Recipe.read(recipe).override(set_ or []) if recipe else Recipe.of(str(method), set_ or [])
         asked = {name: value for name, value in (("text", text), ("windows", windows)) if value is not None}
         if asked:
             # what else the recipe wants measured stays as it is
@@ -203,10 +202,18 @@ def _print_forecast(said: dict[str, Any]) -> None:
     if widths:
         cut = ", ".join(f"{of} → {kept}" for kept, of in sorted(widths))
         console.print(f"would cut: feed-forward neurons {cut} in {len(said['widths'])} blocks", highlight=False)
+    for each in said["zeros"]:
+        console.print(
+            f"would zero: {each['removed']:,} of {each['of']:,} weights ({each['removed'] / each['of']:.2%}) in "
+            f"{each['matrices']} matrices; zeros alone make nothing smaller or faster",
+            highlight=False,
+        )
     after = said["parameters_after"]
-    console.print(
-        f"parameters: {said['parameters']:,} → {after:,} (−{1 - after / said['parameters']:.1%})", highlight=False
-    )
+    if after == said["parameters"]:
+        console.print(f"parameters: {after:,}, as many as before", highlight=False)
+    else:
+        less = f"−{1 - after / said['parameters']:.1%}"
+        console.print(f"parameters: {said['parameters']:,} → {after:,} ({less})", highlight=False)
     console.print(f"would write: {human(said['bytes_written'])} to {said['output']}", highlight=False)
     console.print(f"disk needed: {human(said['disk_needed'])}, free: {human(said['disk_free'])}", highlight=False)
     console.print(f"memory needed: about {human(said['memory_needed'])}", highlight=False)

@@ -105,7 +105,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """Writes one safetensors file; `metadata` goes into its header."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic(path) as partial:
-        save_file(contiguous, partial, metadata=dict(metadata or {}))
+        # safetensors writes a broken header for no tensors with empty metadata
+        save_file(contiguous, partial, metadata=dict(metadata) if metadata else None)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

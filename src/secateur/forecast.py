@@ -3,13 +3,16 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from secateur.calibration.samples import SELF
+from secateur.calibration.propagation import ACTIVATION_BYTES
+from secateur.calibration.samples import LENGTH, SELF, Calibration
+from secateur.calibration.statistics import CrossGram
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
 from secateur.network.source import Source, conversion_dtype
@@ -17,6 +20,11 @@ from secateur.network.store import stored_dtype
 from secateur.network.stream import pieces
 from secateur.recipe import Recipe, Step
 from secateur.run import Run, make_stage, request
+from secateur.solving import Solver
+from secateur.targets import chosen, uniform
+from secateur.tensor.patterns import Pattern
+
+SHARD_BYTES = 256 * 10**6
 
 
 def dry_run(
@@ -32,10 +40,10 @@ def dry_run(
 ) -> dict[str, Any]:
     """What `compress` would cut, write and need: plain data. Reads headers, and one block's weights to time the method."""
     plan, spec = request(model, None, None, recipe, seed, dtype)
-    run = Run(spec, plan, Path(output), device, 0, trust_remote_code, False, 256 * 10**6, silent, None)
+    run = Run(spec, plan, Path(output), device, 0, trust_remote_code, False, SHARD_BYTES, silent, None)
     source, _, _, widths = run.look(restart)
     wanted = getattr(torch, plan.dtype) if plan.dtype else None
-    said = _needs(source, widths, Path(output), wanted, plan.steps)
+    said = _needs(source, widths, Path(output), wanted, plan)
     place = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
     said["disk_free"] = shutil.disk_usage(place).free
     if not source.tensors:
@@ -54,6 +62,8 @@ def dry_run(
     rest = (time.time() - begun) * 3 * source.bytes / max(size, 1)
     said["seconds"] = method + rest
     beside = "the reload check and measuring"
+    if step.registered.scope == "weight" and Solver.of(step.registered, step.parameters).gradients:
+        beside = f"gradients, {beside}"
     if step.calibrated and plan.calibration.data == SELF:
         beside = f"the writing of the calibration text, {beside}"
     said["time"] = f"about {method + rest:.0f} s by one block, besides {beside}"
@@ -65,11 +75,12 @@ def _needs(
     stage_widths: Mapping[int, int] | None,
     output: Path,
     dtype: torch.dtype | None,
-    steps: Sequence[Step],
+    plan: Recipe,
 ) -> dict[str, Any]:
-    """What a run would cut, write and need, from headers and shapes alone. The disk it needs is an upper bound: models
-    between steps and kept statistics are counted at the width that the source has.
+    """What a run would cut, zero, write and need, from headers and shapes alone. The disk it needs is an upper bound:
+    models between steps and kept statistics are counted at the width that the source has.
     """
+    steps = plan.steps
     cut = {
         block.index: (stage_widths[block.index], block.feed_forward.units)
         for block in original.anatomy.blocks
@@ -104,13 +115,68 @@ def _needs(
         precise = conversion_dtype(original.place, original.config)
         written = (total - sum(removed.values())) * stored_dtype(original, dtype, precise).itemsize
         largest = extra = between = precise.itemsize * total
-    extra += between * (len(steps) - 1) + sum(map(statistics, steps))
+    pruning = [
+        _Pruning.of_step(original, step, plan.calibration) for step in steps if step.registered.scope == "weight"
+    ]
+    extra += between * (len(steps) - 1) + sum(map(statistics, steps)) + sum(each.disk for each in pruning)
     return {
         "parameters": total,
         "parameters_after": total - sum(removed.values()),
         "widths": {str(block): {"kept": kept, "of": of} for block, (kept, of) in cut.items()},
+        "zeros": [{"removed": each.removed, "of": each.of, "matrices": each.matrices} for each in pruning],
         "bytes_written": written,
         "disk_needed": written + extra,
-        "memory_needed": 3 * largest + 400 * 10**6,
+        "memory_needed": 3 * largest + 400 * 10**6 + max((each.memory for each in pruning), default=0),
         "output": str(output),
     }
+
+
+@dataclass(frozen=True)
+class _Pruning:
+    """What a step that zeroes single weights does and needs.
+
+    Args:
+        removed, of, matrices: weights that it zeroes, of how many, in how many matrices.
+        disk: what lies there beside the model before the end, masks included.
+        memory: beside a block's weights.
+    """
+
+    removed: int
+    of: int
+    matrices: int
+    disk: int
+    memory: int
+
+    @classmethod
+    def of_step(cls, source: Source, step: Step, wishes: Calibration) -> "_Pruning":
+        targets = chosen(source, step.parameters["targets"])
+        budgets = uniform(targets, Pattern.parse(step.parameters["pattern"]))
+        solver = Solver.of(step.registered, step.parameters)
+        sizes = {
+            index: {ref.parameter: source.skeleton.get_parameter(ref.parameter).numel() for ref in refs}
+            for index, refs in targets.items()
+        }
+        of = sum(ref.rows * ref.columns for refs in targets.values() for ref in refs)
+        whole = sum(sum(block.values()) for block in sizes.values())
+        # what is changed waits for the other blocks of its shard, at most in float32
+        disk = of // 8 + min(4 * whole, SHARD_BYTES + 4 * max(sum(block.values()) for block in sizes.values()))
+        memory = 0
+        if solver.statistics:
+            positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+            tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, positions)
+            width = getattr(torch, wishes.dtype).itemsize
+            copies = 2 if CrossGram in solver.statistics else 1
+            disk += 8 * tokens + 2 * copies * tokens * source.anatomy.hidden * width
+            # matrices that share their input are counted one by one, because headers do not say which do
+            grams = any("gram" in kind.wants for kind in solver.statistics)  # type: ignore[attr-defined]
+            sums = max(sum(4 * ref.columns ** (2 if grams else 1) for ref in refs) for refs in targets.values())
+            memory = copies * sums + 4 * ACTIVATION_BYTES
+            if wishes.sequential:
+                widest = max(max(ref.rows, ref.columns) for refs in targets.values() for ref in refs)
+                memory += tokens * width * (4 * source.anatomy.hidden + 3 * widest)
+        if solver.gradients:
+            disk += 4 * whole
+            memory = max(memory, 4 * source.anatomy.parameters + 8 * whole)
+        if solver.calibrated and wishes.data == SELF:
+            memory = max(memory, 4 * source.anatomy.parameters)
+        return cls(sum(budget.weights for budget in budgets.values()), of, len(budgets), disk, memory)

@@ -1,6 +1,7 @@
 """What to do: an ordered list of steps, each one method with its parameters. YAML in and out."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from secateur.calibration.samples import Calibration
 from secateur.errors import RequestError, suggest
 from secateur.files import sha256
-from secateur.registry import COMMON, Method, find
+from secateur.registry import COMMON, Method, find, message
 from secateur.solving import Solver
 
 
@@ -94,7 +95,7 @@ class Recipe(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
-            raise RequestError(f"recipe: {name}={first['input']!r} was refused: {first['msg'].lower()}.") from error
+            raise RequestError(f"recipe: {name}={first['input']!r} was refused: {message(first)}.") from error
 
     @classmethod
     def read(cls, path: Path) -> "Recipe":
@@ -102,7 +103,7 @@ class Recipe(BaseModel):
         if not path.is_file():
             raise RequestError(f"there is no recipe at {path}.")
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             raise RequestError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
         if isinstance(raw, dict) and "recipe" in raw and "steps" not in raw:
@@ -111,27 +112,37 @@ class Recipe(BaseModel):
             raise RequestError(f"{path} does not hold a recipe: a mapping with `steps` is wanted.")
         return cls.parse(raw)
 
-    def override(self, settings: Sequence[str]) -> "Recipe":
-        """This recipe with `key=value` or `STEP.key=value` settings; STEP is a method's name or its position from 0."""
-        steps = [dict(step.parameters) for step in self.steps]
+    @classmethod
+    def of(cls, method: str, settings: Sequence[str]) -> "Recipe":
+        """One step, with `key=value` settings."""
+        parameters = {}
         for setting in settings:
-            key, equals, text = setting.partition("=")
-            if not equals:
-                raise RequestError(f"--set {setting} is not of the form key=value.")
-            where, dot, name = key.rpartition(".")
-            matching = [i for i, step in enumerate(self.steps) if not dot or where in (step.method, str(i))]
+            where, name, parameters[name] = _setting(setting)
+            if where not in ("", method, "0"):
+                raise RequestError(f"--set {setting}: the recipe has no step '{where}'.")
+        return cls.parse({"steps": [{method: parameters}]})
+
+    def override(self, settings: Sequence[str]) -> "Recipe":
+        """This recipe with `key=value` or `STEP.key=value` settings; STEP is a method's name or its position from 0.
+
+        A step that an allocation divides the budget of takes the allocation's settings too, under either name.
+        """
+        steps = [(step.method, dict(step.parameters)) for step in self.steps]
+        for setting in settings:
+            where, name, value = _setting(setting)
+            matching = [
+                i
+                for i, (method, parameters) in enumerate(steps)
+                if not where or where in (method, str(i), *(parameters.get("allocation") or ()))
+            ]
             if not matching:
                 raise RequestError(f"--set {setting}: the recipe has no step '{where}'.")
             if len(matching) > 1:
                 raise RequestError(
                     f"--set {setting}: several steps could be meant; write STEP.{name}=… with its position."
                 )
-            try:
-                steps[matching[0]][name] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise RequestError(f"--set {setting}: the value is not valid YAML; put it in quotes.") from error
-        raw = self.plain() | {"steps": [{step.method: new} for step, new in zip(self.steps, steps, strict=True)]}
-        return Recipe.parse(raw)
+            steps[matching[0]] = _changed(*steps[matching[0]], where, name, value)
+        return Recipe.parse(self.plain() | {"steps": [{method: parameters} for method, parameters in steps]})
 
     def with_calibration(self, settings: Mapping[str, Any]) -> "Recipe":
         """This recipe with other calibration settings. Raises RequestError when one is wrong or nothing would use them."""
@@ -176,6 +187,43 @@ class Recipe(BaseModel):
         plain = self.plain()
         decides = {"seed": plain["seed"], "dtype": plain["dtype"], "steps": plain["steps"], "files": files}
         return decides | ({"calibration": self.calibration.identity()} if self.calibrated else {})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 2:4 is text. YAML 1.1 takes it for a number in base 60, 124."""
+
+
+_IN_BASE_60 = ("tag:yaml.org,2002:str", re.compile(r"\d+:\d+$"))
+_Loader.yaml_implicit_resolvers = {
+    first: [_IN_BASE_60, *resolvers] if first in "0123456789" else resolvers
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _setting(text: str) -> tuple[str, str, Any]:
+    """STEP ("" where none is named), name and value of a setting."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise RequestError(f"--set {text} is not of the form key=value.")
+    where, _, name = key.rpartition(".")
+    if value.startswith("*"):  # a pattern of names; YAML has no other use for it here
+        return where, name, value
+    try:
+        return where, name, yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise RequestError(f"--set {text}: the value is not valid YAML; put it in quotes.") from error
+
+
+def _changed(method: str, parameters: dict[str, Any], where: str, name: str, value: Any) -> tuple[str, dict[str, Any]]:
+    """A step with one more setting, of its method or of its allocation."""
+    if parameters.get("allocation"):
+        [(divider, own)] = parameters["allocation"].items()
+        if name == "apply":
+            common = {key: parameters[key] for key in COMMON["matrices"] if key in parameters}
+            return divider, {**own, **common, "apply": value}
+        if name in find(divider).own and (where == divider or name not in find(method).own):
+            return method, {**parameters, "allocation": {divider: {**own, name: value}}}
+    return method, {**parameters, name: value}
 
 
 def _step(entry: Any) -> Step:

@@ -83,7 +83,10 @@ def _other(scope: str) -> Callable[[Any], Any]:
             wanted = "an allocation" if scope == "matrices" else "a method that zeroes single weights"
             raise ValueError(f"must name {wanted}; {name} is of kind {found.kind}")
         # what the engine decides is decided once, by the step itself
-        return {name: {k: v for k, v in found.validate(parameters or {}).items() if k not in COMMON.get(scope, {})}}
+        common = COMMON.get(scope, {})
+        if taken := [key for key in parameters or {} if key in common]:
+            raise ValueError(f"takes no {taken[0]} for {name}: what the step itself says counts for both")
+        return {name: {key: entry for key, entry in found.validate(parameters or {}).items() if key not in common}}
 
     return validate
 
@@ -243,7 +246,7 @@ class Method:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             raise RequestError(
-                f"{self.name}: {name}={first['input']!r} was refused: {first['msg'].lower()}."
+                f"{self.name}: {name}={first['input']!r} was refused: {message(first)}."
                 + (f" ({name}: {self.help[name]})" if name in self.help else "")
             ) from error
 
@@ -344,6 +347,13 @@ def method(
         return function
 
     return register
+
+
+def message(error: Mapping[str, Any]) -> str:
+    """What pydantic says of a value that it refused, as the end of a sentence."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return str(error["msg"]).lower()
 
 
 def _is_other(field: pydantic.fields.FieldInfo) -> bool:

@@ -13,6 +13,7 @@ from secateur.errors import RunError
 from secateur.network.views import Mask, Update, Weight
 from secateur.registry import Method, find
 from secateur.tensor.patterns import Budget
+from secateur.tensor.products import linear
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def finite(tensor: Tensor) -> bool:
 def zero_where_removed(matrix: Tensor, kept: Tensor, rows: int = 1024) -> bool:
     """Whether (r, d) `matrix` is zero wherever `kept` is False; some rows at a time, because it may be large."""
     return not any(
-        bool((part.masked_fill(mask, 0) != 0).any()) for part, mask in zip(matrix.split(rows), kept.split(rows), strict=True)
+        bool((part.masked_fill(mask, 0) != 0).any())
+        for part, mask in zip(matrix.split(rows), kept.split(rows), strict=True)
     )
 
 
@@ -123,6 +125,6 @@ def relative_error(inputs: Tensor, before: Tensor, found: Mask | Update, rows: i
     for start in range(0, len(before), rows):
         part, kept = before[start : start + rows], found.kept[start : start + rows]
         gone = part.masked_fill(kept, 0.0) if isinstance(found, Mask) else part - found.matrix[start : start + rows]
-        change += float((inputs @ gone.T).square().sum(dtype=torch.float64))
-        whole += float((inputs @ part.T).square().sum(dtype=torch.float64))
+        change += float(linear(inputs, gone).square().sum(dtype=torch.float64))
+        whole += float(linear(inputs, part).square().sum(dtype=torch.float64))
     return change / whole if whole else 0.0

@@ -31,6 +31,13 @@ def chosen(source: Source, targets: list[str] | None) -> dict[int, list[MatrixRe
     if not every:
         raise RequestError(f"no matrices to prune were recognised in {source.spec}.")
     if targets is None:
+        for block in source.anatomy.blocks:
+            # what is not recognised may hold matrices that are not listed, which would be left whole unnoticed
+            if block.kind == "unknown":
+                raise RequestError(
+                    f"{block.path} of {source.spec} is a block of unknown kind ({block.note.partition('.')[0]}), so some of "
+                    f"its matrices may not be seen; name with `targets` what to prune, such as {every[0].name}."
+                )
         found = [ref for ref in every if ref.role != LEFT_OUT]
     else:
         roles = dict.fromkeys(ref.role for ref in every)
@@ -41,6 +48,8 @@ def chosen(source: Source, targets: list[str] | None) -> dict[int, list[MatrixRe
                     f"roles {', '.join(roles)} and names such as {every[0].name}; * stands for any part of a name."
                 )
         found = [ref for ref in every if any(_fits(ref, target) for target in targets)]
+    if not found:
+        raise RequestError("targets names no matrix; leave it out to prune all matrices in the blocks.")
     result: dict[int, list[MatrixRef]] = {}
     for ref in found:
         result.setdefault(ref.block, []).append(ref)
@@ -111,8 +120,11 @@ def budgets(
         network = Matrices(each, total, units)
         given = {key: network if need is Matrices else context for key, need in method.needs.items()}
         found = method.function(**given, **Solver.of(method, parameters).parameters).remove
-        if set(found) != set(alike) or sum(found.values()) != total:
-            raise RequestError(f"{name} divides {sum(found.values())} of {total} weights; report this.")
+        fits = set(found) == set(alike) and all(0 <= found[key] <= alike[key].units for key in alike)
+        if not fits or sum(found.values()) != total:
+            raise RequestError(
+                f"{name} divides {sum(found.values())} of {total} weights, or gives a matrix more than it has; report this."
+            )
         write_json(path, {"remove": dict(found), "notes": context.notes, "warnings": context.warnings})
     barrier()
     told = json.loads(path.read_text())

@@ -22,7 +22,7 @@ from secateur.context import processes
 from secateur.errors import RequestError, RunError
 from secateur.network.matrices import MatrixRef, view
 
-ROWS = 512  # inputs kept of each point for the error on calibration and on held-out tokens
+ROWS = 256  # inputs kept of each point for the error on calibration and on held-out tokens
 
 
 class Enough(Exception):  # noqa: N818 (a signal, not an error)

@@ -23,6 +23,7 @@ from secateur.files import atomic
 from secateur.network.source import Source
 from secateur.network.stream import Fetch, fetched
 from secateur.network.trace import describe, first_tensor
+from secateur.tensor.products import FastProducts
 
 Call = Callable[[], tuple[Any, Any]]
 """Gives the positional and the keyword arguments of one call of a block."""
@@ -173,7 +174,7 @@ class Propagation:
             if last is not None:
                 last.remove()
             for module in modules:
-                del module.forward
+                module.__dict__.pop("forward", None)
 
     def run(self, block: int, **options: Any) -> None:
         """Passes all tokens through a block; arguments as `steps` takes them."""
@@ -257,13 +258,16 @@ class Propagation:
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """Experts run one by one, each as a matrix of its own: that is where their inputs are seen."""
+        """Products are fast inside, and experts run one by one, each as a matrix of its own: that is where their inputs are
+        seen.
+        """
         config = getattr(self.source.skeleton, "config", None)
         before = getattr(config, "_experts_implementation", None)
         if before is not None:
             config._experts_implementation = "eager"  # type: ignore[union-attr]
         try:
-            yield
+            with FastProducts():
+                yield
         finally:
             if before is not None:
                 config._experts_implementation = before  # type: ignore[union-attr]

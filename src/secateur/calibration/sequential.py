@@ -17,6 +17,7 @@ from secateur.calibration.collector import Collector
 from secateur.calibration.propagation import Batch, Call
 from secateur.calibration.statistics import Statistics
 from secateur.network.matrices import MatrixRef
+from secateur.tensor.products import FastProducts
 
 Solve = Callable[[MatrixRef, Statistics], None]
 
@@ -42,7 +43,7 @@ class _Pass(threading.Thread):
         self._turn.acquire()
         try:
             if not self._ended:
-                with torch.no_grad():
+                with torch.no_grad(), FastProducts():  # both hold for a thread alone
                     self.output = self._work(self)
         except BaseException as error:
             self.error = error

@@ -1,6 +1,7 @@
 """Masks beside the weights: which weights were removed is written down, not guessed from zeros."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,16 @@ def read_mask_file(path: Path) -> dict[str, Tensor]:
 def read_masks(directory: str | Path) -> dict[str, Tensor]:
     """The masks of a compressed model: {matrix: (outputs, inputs) bool, True where a weight stays}.
 
+    Where several steps of a recipe pruned a matrix, what the last of them said.
+
     Raises RequestError when the directory holds none.
     """
-    files = sorted((Path(directory) / "secateur").rglob(f"{FOLDER}/*.safetensors"))
+    root = Path(directory) / "secateur"
+
+    def order(path: Path) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", str(path.relative_to(root)))]
+
+    files = sorted(root.rglob(f"{FOLDER}/*.safetensors"), key=order)
     if not files:
         raise RequestError(
             f"{directory} holds no masks: no weights were zeroed there, or secateur/{FOLDER} was removed."

@@ -81,13 +81,18 @@ def solve_by_steps(
 
     A step is one product of (r, d) with (d, d). The loss of a row never ends above that of `start`. A row is done on
     proof: with g the residual on K, the loss exceeds the optimum by ½ g H_KK⁻¹ gᵀ ≤ ½ g H⁻¹ gᵀ, since H⁻¹_KK is H_KK⁻¹
-    and something positive. That bound is `excess`; it is computed when the preconditioner's estimate of it is small enough.
+    and something positive. That bound is `excess`; it is computed when the preconditioner's estimate is small enough, and
+    true up to rounding.
+
+    Measured on every matrix of blocks 0, 8 and 20 of SmolLM2-135M at 50 %, 80 % and 2:4, from the start that `scan` gives:
+    4 to 21 steps, 7 as a rule; in float32 no row ended more than 2.4e-4 above its optimum in float64, and none had to be
+    solved directly.
 
     Args:
         weight, hessian, inverse, kept: as in `solve_directly`.
         start: (r, d) to start from, such as another method's solution for this mask; default the dense weights, masked.
-        tolerance: `excess` comes down to this fraction of the loss in every row, or, where next to nothing is lost, to
-            1e-3 rounding units of what H's diagonal makes of the row.
+        tolerance: `excess` comes down to this fraction of the loss in every row; or, where next to nothing is lost, to
+            1e-3 rounding units of ½ Σ H_jj w_j².
         steps: after which rows that are not there are solved directly.
         preconditioner: for `kept`, where there is one already.
     """
@@ -121,8 +126,8 @@ class Preconditioner:
 
     H is written as C⁻¹ (D + F Fᵀ) C⁻¹, approximately, C and D diagonal and F narrow. Restricted to any columns this is
     inverted by way of a matrix as small as F is narrow (Woodbury). The inputs of a language model have a few strong
-    directions in common and little else, which is this form: with it, conjugate gradients take 5 to 15 steps where the
-    diagonal of H takes 30 to 60 (SmolLM2-135M).
+    directions in common and little else, which is this form: on matrices of SmolLM2-135M conjugate gradients take a third
+    of the steps that the diagonal of H takes, or fewer.
 
     C² = diag H⁻¹: in this scale every input has the same variance given all others. F is a Nyström approximation from a
     fixed random sketch that H was applied to once. Its width √(2 d) is where setting up costs one product of (r, d) with H

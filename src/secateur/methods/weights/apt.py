@@ -60,12 +60,12 @@ def apt(
         mask_rule: "S" scores single weights, "M" whole patterns of N:M by their joint loss.
         compensation: "M" is the exact update, "S" SparseGPT's sweep for the same mask.
         schedule: "blocks" chooses from first to last column, knowing what has gone already; "exact" does so without
-            approximation, which takes hundreds of times as long; "fast" chooses the whole mask from the dense weights.
+            approximation and takes fifty times as long or more; "fast" chooses the whole mask from the dense weights.
         block: columns among which weights are chosen at once, all rows competing for a plain fraction and tiles; rounded
             to whole tiles or groups. "fast" heeds it not.
         parts: of "blocks", into which the columns are divided; between two of them all rows are brought up to date.
         solver: "steps" stops once every row's loss is proven to be nearly the least; "direct" factors a matrix for each
-            row, which takes about ten times as long for a thousand inputs, and more for more.
+            row, which takes about ten times as long with a thousand inputs, and more with more.
         tolerance: of "steps": how far above the least a row's loss may be, as a fraction of it.
         mask: a method whose mask is used in place of APT's own.
     """

@@ -36,8 +36,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "SparseGPT": ("sparsegpt", {}),
     "ADMM": ("admm", {}),
     "APT": ("apt", {}),
+    "APT, fast": ("apt", {"schedule": "fast"}),
     "SparseGPT's mask, ADMM's update": ("admm", {"mask": "sparsegpt"}),
     "SparseGPT's mask, APT's update": ("apt", {"mask": "sparsegpt"}),
+    "SparseGPT's mask, dense refit": ("dense_refit", {"mask": "sparsegpt"}),
 }
 ALLOCATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "Wanda, uniform": ("wanda", {}),
@@ -122,7 +124,7 @@ def told(runs: list[tuple[float, float | None, float | None, float]], between: s
     """Median and range of each figure."""
     parts = []
     for values, scale, form in zip(
-        zip(*runs, strict=True), (1, 100, 100, 1), (".2f", ".2f", ".2f", ".1f"), strict=True
+        zip(*runs, strict=True), (1, 100, 100, 1), (".2f", ".3f", ".3f", ".1f"), strict=True
     ):
         known = [value * scale for value in values if value is not None]
         spread = f" ({min(known):{form}} to {max(known):{form}})" if len(known) > 1 else ""

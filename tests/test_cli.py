@@ -110,6 +110,106 @@ def test_a_dry_run_with_one_ratio_for_each_layer(model: Make, tmp_path: Path) ->
     assert "160 → 128" in told.out
 
 
+LEARNED = {"samples": 40, "length": 64, "held_out": 5}  # hidden states as large as the model
+
+
+@pytest.fixture
+def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calibration") / "ids.json"
+    drawn = torch.randint(3, tiny.VOCABULARY, (45, 64), generator=torch.Generator().manual_seed(0))
+    path.write_text(json.dumps(drawn.tolist()))
+    return path
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "pruner_zero", "alphapruning"])
+def test_a_dry_run_of_a_method_that_only_writes_zeros(method: str, model: Make, ids: Path, tmp_path: Path) -> None:
+    before = snapshot(tmp_path)
+    settings = ("--set", "pattern=0.37", "--set", "targets=attention")
+    calibration = ("--calibration", ids) if method in ("wanda", "pruner_zero") else ()
+    told = compress(model("llama"), tmp_path / "out", "--dry-run", *settings, *calibration, method=method)
+    assert told.code == 0 and told.err == ""
+    assert snapshot(tmp_path) == before
+    said = _forecast(told.out)
+    # 12 matrices, each to the nearest weight
+    assert said["would zero"] == (
+        f"{6 * 1516 + 6 * 758:,} of 36,864 weights (37.01%) in 12 matrices; zeros alone make nothing smaller or faster"
+    )
+    assert "would cut" not in said and said["parameters"] == "170,432, as many as before"
+    assert ("gradients" in said["time"]) == (method == "pruner_zero")
+    assert told.out.rstrip().endswith("nothing was written.")
+
+
+def test_a_dry_run_says_that_the_model_would_write_its_own_text(model: Make, tmp_path: Path) -> None:
+    told = compress(model("llama"), tmp_path / "out", "--dry-run", "--length", 9, method="wanda")
+    assert "the writing of the calibration text" in _forecast(told.out)["time"]
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 10**9])
+@pytest.mark.parametrize(
+    ("step", "source", "settings"),
+    [
+        ("sparsegpt", "llama", {}),
+        pytest.param("wanda", "llama", {"dtype": "bfloat16", "inputs": "dense"}, marks=pytest.mark.every),
+        pytest.param("pruner_zero", "mixtral", {}, marks=pytest.mark.every),
+        pytest.param("magnitude", "gpt2", None, marks=pytest.mark.every),
+    ],
+)
+def test_a_dry_run_knows_what_lies_on_disk_while_it_calibrates(
+    step: str, source: str, settings: dict | None, shard_bytes: int, model: Make, ids: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    learned = {} if settings is None else {"calibration": {"data": str(ids), **LEARNED, **settings}}
+    given = {"recipe": run.Recipe.parse({"steps": [step], **learned}), "output": tmp_path / "out"}
+    said = forecast.dry_run(model(source), **given)
+    sizes, rename = [], Path.replace
+
+    def look(self: Path, target: Path) -> Path:
+        files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+        weighed = [path for path in files if {".safetensors", ".states"} & set(path.suffixes)]
+        sizes.append(sum(path.stat().st_size for path in weighed))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", look)
+    result = run.compress(model(source), evaluate=False, shard_bytes=shard_bytes, **given)
+    # headers of files are nothing in a model of real size
+    assert 0.95 * max(sizes) <= said["disk_needed"] <= 1.6 * max(sizes)
+    matrices = result.receipt["decisions"][0]["matrices"].values()
+    assert said["zeros"] == [
+        {
+            "removed": sum(e["removed"] for e in matrices),
+            "of": sum(e["of"] for e in matrices),
+            "matrices": len(matrices),
+        }
+    ]
+
+
+def test_a_dry_run_that_tries_a_block(model: Make, ids: Path, tmp_path: Path) -> None:
+    """The first one, with one batch and with two, wherever the matrices are; nothing of that is left."""
+    for step in (
+        "wanda",
+        "pruner_zero",
+        {"magnitude": {"targets": "*layers.2.*"}},
+        {"wanda": {"targets": "*layers.2.*"}},
+    ):
+        recipe = run.Recipe.parse({"steps": [step], "calibration": {"data": str(ids), "samples": 300}})
+        said = forecast.dry_run(model("llama"), recipe=recipe, output=tmp_path / "out")
+        assert 0 < said["seconds"] < 100 and not (tmp_path / "out").exists()
+
+
+def test_calibration_options_change_only_what_they_name(model: Make, ids: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        f"steps: [wanda]\ncalibration: {{data: {ids}, samples: 9, length: 20, held_out: 3, order: first}}\n"
+    )
+    arguments = ("--recipe", tmp_path / "recipe.yaml", "--samples", 4)
+    assert compress(model("llama"), tmp_path / "out", *arguments, method=None).code == 0
+    receipt = json.loads((tmp_path / "out" / "secateur.json").read_text())
+    said = receipt["recipe"]["calibration"]
+    assert (said["data"], said["samples"], said["length"], said["held_out"]) == (str(ids), 4, 20, 3)
+    assert said["order"] == "first"
+    notes = receipt["decisions"][0]["notes"]["calibration"]
+    assert (notes["tokens"], notes["held_out_tokens"], notes["data"]) == (80, 60, "ids.json")
+
+
 @pytest.mark.parametrize("state", ["foreign", "another run's"])
 def test_a_dry_run_refuses_what_the_run_would_refuse(state: str, model: Make, tmp_path: Path) -> None:
     if state == "foreign":

@@ -1,5 +1,6 @@
 """Several processes (torchrun, gloo) write the bytes of one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,10 @@ import pytest
 
 import outcome
 import secateur
-from secateur.network.verify import CleanProcess
+import tiny
+from secateur.calibration import propagation
+from secateur.network.verify import CleanProcess, prompt
+from test_calibration import draw
 
 Make = Callable[..., Path]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -105,3 +109,148 @@ def test_what_two_began_one_may_end(model: Make, alone: Callable, clean: CleanPr
         model("llama"), "random_units", output=tmp_path / "out", evaluate=False, clean=clean, shard_bytes=1
     )
     assert outcome.promised(tmp_path / "out") == alone("random_units", {}, shard_bytes=1)
+
+
+# Methods that learn from text: the tokens are shared out, so sums are added in another order than by one process.
+CALIBRATED = """
+import os, signal, sys, torch, secateur
+from secateur.context import process_group, processes
+from secateur.network.verify import CleanProcess
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with process_group(), CleanProcess() as clean:
+    for source, recipe, output in {runs}:
+        recipe = secateur.Recipe.parse(recipe)
+        secateur.compress(source, recipe=recipe, output=output, evaluate=False, shard_bytes=1, clean=clean)
+"""
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """A recipe as plain data; sequences of two lengths, so that there are several batches to share out."""
+    path = tmp_path / "ids.json"
+    path.write_text(json.dumps([each.tolist() for each in draw([16] * 24 + [9] * 12)]))
+    said = {"data": str(path), "samples": 30, "length": 16, "held_out": 6}
+    return lambda step, **settings: {"steps": [step], "calibration": {**said, **settings}}
+
+
+def masks_equal(one: Path, other: Path) -> float:
+    """The fraction of entries in which the masks of two results are the same."""
+    first, second = secateur.read_masks(one), secateur.read_masks(other)
+    assert set(first) == set(second)
+    same = sum(int((first[name] == second[name]).sum()) for name in first)
+    return same / sum(mask.numel() for mask in first.values())
+
+
+def test_two_processes_calibrate_like_one(
+    model: Make, calibrated: Callable, clean: CleanProcess, tmp_path: Path
+) -> None:
+    erk = {"magnitude": {"allocation": "erk"}}
+    runs = [
+        (str(model(name)), calibrated(step), str(tmp_path / f"{name}-{number}"))
+        for name, steps in (("llama", ["wanda", "sparsegpt", erk, "pruner_zero"]), ("mixtral", ["wanda", "sparsegpt"]))
+        for number, step in enumerate(steps)
+    ]
+    program = tmp_path / "program.py"
+    program.write_text(CALIBRATED.format(runs=runs))
+    ended = torchrun(program)
+    assert ended.returncode == 0, ended.stderr
+    for source, recipe, output in runs:
+        alone = tmp_path / "alone" / Path(output).name
+        plan = secateur.Recipe.parse(recipe)
+        secateur.compress(source, recipe=plan, output=alone, evaluate=False, clean=clean, shard_bytes=1)
+        if plan.steps[0].method == "magnitude":
+            assert outcome.promised(Path(output)) == outcome.promised(alone)
+            continue
+        assert masks_equal(Path(output), alone) >= 0.999, output
+        there, here = (
+            json.loads((path / "secateur.json").read_text())["decisions"][0] for path in (Path(output), alone)
+        )
+        assert there["notes"]["calibration"] == here["notes"]["calibration"]
+        for name, entry in here["matrices"].items():
+            told = there["matrices"][name]
+            assert told["removed"] == entry["removed"] and told["updated"] == entry["updated"]
+            assert told["calibration_error"] == pytest.approx(entry["calibration_error"], rel=0.1), (
+                "some rows stand for all"
+            )
+        words = [prompt(tiny.VOCABULARY)]
+        ours, theirs = clean.logits(alone, words), clean.logits(Path(output), words)
+        assert (ours - theirs).abs().max() < 0.02 * ours.abs().max(), output
+        assert not (Path(output) / ".secateur").exists()
+
+
+@pytest.mark.every
+def test_fewer_batches_than_processes(model: Make, calibrated: Callable, clean: CleanProcess, tmp_path: Path) -> None:
+    """One process has no token at all: what is learned is the same to the bit."""
+    recipe = calibrated("sparsegpt", samples=3, held_out=0, order="first")
+    runs = [(str(model(name)), recipe, str(tmp_path / name)) for name in ("llama", "mixtral")]
+    (tmp_path / "program.py").write_text(CALIBRATED.format(runs=runs))
+    ended = torchrun(tmp_path / "program.py")
+    assert ended.returncode == 0, ended.stderr
+    for source, _, output in runs:
+        alone = tmp_path / f"alone-{Path(output).name}"
+        plan = secateur.Recipe.parse(recipe)
+        secateur.compress(source, recipe=plan, output=alone, evaluate=False, clean=clean, shard_bytes=1)
+        assert outcome.promised(Path(output)) == outcome.promised(alone)
+
+
+def _begin_alone(source: Path, recipe: dict[str, Any], output: Path, at: int) -> None:
+    plan = secateur.Recipe.parse(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        outcome.kill_at_rename(patch, at)
+        with pytest.raises(outcome.Killed):
+            secateur.compress(source, recipe=plan, output=output, evaluate=False, shard_bytes=1)
+
+
+def test_going_on_with_another_number_of_processes_is_refused(
+    model: Make, calibrated: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens would be shared out in another way than the hidden states that lie there."""
+    recipe, output = calibrated("wanda"), tmp_path / "out"
+    _begin_alone(model("llama"), recipe, output, at=11)
+    before = outcome.promised(output)
+    monkeypatch.setattr(propagation, "processes", lambda: (0, 2))
+    plan = secateur.Recipe.parse(recipe)
+    with pytest.raises(secateur.RequestError, match=r"another number of processes; .* --restart"):
+        secateur.compress(model("llama"), recipe=plan, output=output, evaluate=False, shard_bytes=1)
+    assert outcome.promised(output) == before
+
+
+@pytest.mark.every
+@pytest.mark.parametrize("began", [1, 2])
+def test_two_for_one_and_one_for_two(began: int, model: Make, calibrated: Callable, tmp_path: Path) -> None:
+    recipe, output, program = calibrated("wanda"), tmp_path / "out", tmp_path / "program.py"
+    text = CALIBRATED.format(runs=[(str(model("llama")), recipe, str(output))])
+    if began == 1:
+        _begin_alone(model("llama"), recipe, output, at=11)
+        program.write_text(text)
+        ended = torchrun(program)
+        assert ended.returncode != 0 and "another number of processes" in ended.stderr
+        return
+    strike = (
+        "import secateur.files as files\nfiles._flush = lambda path: die() if 'model-00003' in str(path) else None\n"
+    )
+    program.write_text(text.replace("with process_group", strike + "with process_group"))
+    ended = torchrun(program)
+    assert ended.returncode != 0 and list(output.glob("*.safetensors"))
+    plan = secateur.Recipe.parse(recipe)
+    with pytest.raises(secateur.RequestError, match="another number of processes"):
+        secateur.compress(model("llama"), recipe=plan, output=output, evaluate=False, shard_bytes=1)
+    program.write_text(text)
+    ended = torchrun(program)
+    assert ended.returncode == 0, ended.stderr
+    assert not (output / ".secateur").exists()
+
+
+@pytest.mark.every
+def test_a_calibration_text_that_is_too_short_is_told_by_one(model: Make, tmp_path: Path) -> None:
+    """Found by the first process alone, when the others already wait for it."""
+    (tmp_path / "ids.json").write_text("[[5, 6, 7]]")
+    options = ("--calibration", tmp_path / "ids.json", "--quiet", "--output", tmp_path / "out")
+    ended = torchrun("-m", "secateur", "compress", model("llama"), "--method", "wanda", *options)
+    assert ended.returncode != 0
+    assert ended.stderr.count("holds 1 sequences") == 1, ended.stderr
+    assert "src/secateur" not in ended.stderr, "no traceback of ours"
+    assert not (tmp_path / "out").exists()

@@ -1,10 +1,14 @@
-"""Live modules from Python: cut in memory, or written."""
+"""Live modules from Python: cut or pruned in memory, or written."""
 
+import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -123,3 +127,66 @@ def test_what_cannot_be_cut_is_refused_in_memory_too() -> None:
         secateur.compress(nn.Sequential(nn.Linear(3, 3)), "random_units")
     with pytest.raises(secateur.RequestError, match="leaves none"):
         secateur.compress(tiny.make("llama"), "random_units", {"ratio": 0.999})
+
+
+# Single weights.
+
+
+@pytest.fixture
+def learned(tmp_path: Path) -> Callable[..., secateur.Recipe]:
+    """A recipe that calibrates on drawn token ids."""
+    drawn = torch.randint(3, tiny.VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "ids.json").write_text(json.dumps(drawn.tolist()))
+    data = {"data": str(tmp_path / "ids.json"), "samples": 5, "length": 16}
+    return lambda *steps: secateur.Recipe.parse({"steps": list(steps), "calibration": data})
+
+
+def zeros(module: nn.Module) -> int:
+    return sum(int((parameter == 0).sum()) for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("step", ["wanda", "sparsegpt", "pruner_zero", {"erk": {"apply": "magnitude"}}])
+def test_a_copy_is_pruned(step: Any, learned: Callable) -> None:
+    module = tiny.make("llama_tied")
+    module.train()
+    before, pointers = deepcopy(module), [(p.data_ptr(), p.requires_grad) for p in module.parameters()]
+    result = secateur.compress(module, recipe=learned(step))
+    assert result.output is None and result.model is not module
+    entries = result.receipt["decisions"][0]["matrices"]
+    assert zeros(result.model) == sum(entry["removed"] for entry in entries.values()) == 64512
+    assert result.model.training and result.model.lm_head.weight is result.model.model.embed_tokens.weight
+    assert torch.isfinite(logits(result.model)).all()
+    for (name, now), then in zip(module.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(now, then) and now.grad is None, name
+    assert [(p.data_ptr(), p.requires_grad) for p in module.parameters()] == pointers
+    assert zeros(module) == 0 and module.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_module_of_any_dtype_is_pruned_and_written(
+    dtype: torch.dtype, learned: Callable, clean: CleanProcess, tmp_path: Path
+) -> None:
+    module = tiny.make("llama_tied").to(dtype)
+    for step in ("wanda", "sparsegpt"):
+        live = secateur.compress(module, recipe=learned(step)).model
+        secateur.compress(module, recipe=learned(step), output=tmp_path / step, evaluate=False, clean=clean)
+        written = AutoModelForCausalLM.from_pretrained(tmp_path / step)
+        assert written.lm_head.weight is written.model.embed_tokens.weight, "still tied"
+        masks = secateur.read_masks(tmp_path / step)
+        for (name, one), (_, other) in zip(live.named_parameters(), written.named_parameters(), strict=True):
+            assert one.dtype == other.dtype == dtype and torch.equal(one, other), name
+            assert name not in masks or torch.equal(one != 0, masks[name])
+        stored = [key for file in (tmp_path / step).glob("*.safetensors") for key in load_file(file)]
+        assert "lm_head.weight" not in stored and len(stored) == len(set(stored))
+
+
+def test_a_module_that_is_cut_and_then_pruned(learned: Callable) -> None:
+    result = secateur.compress(tiny.make("llama"), recipe=learned({"random_units": {"ratio": 0.4}}, "wanda"))
+    assert result.model.config.intermediate_size == 96
+    assert zeros(result.model) == (12 * 64 * 64 - 2 * 3 * 32 * 64 + 3 * 3 * 96 * 64) // 2
+    assert [each["method"] for each in result.receipt["decisions"]] == ["random_units", "wanda"]
+
+
+def test_a_module_has_no_tokenizer_to_write_text_with() -> None:
+    with pytest.raises(secateur.RequestError, match="no tokenizer .* JSON file of token ids"):
+        secateur.compress(tiny.make("llama"), "wanda")

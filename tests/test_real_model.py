@@ -92,3 +92,28 @@ def test_the_demo_as_a_new_user_runs_it(tmp_path: Path, dense: tuple[nn.Module, 
         loaded = process.ask(output, [[1, 2, 3]])
     assert loaded["class"] == "LlamaForCausalLM"
     assert loaded["parameters"] == 134_515_008 - 30 * 3 * 576 * (1536 - 1216)
+
+
+def test_single_weights_from_text_that_the_model_writes_itself(tmp_path: Path) -> None:
+    """No data, one command; a solver that knows the inputs loses less than weights cut by their size."""
+    errors = {}
+    for method in ("wanda", "sparsegpt", "apt"):
+        recipe = {
+            "steps": [{method: {"pattern": "2:4"}}],
+            "calibration": {"data": "self", "samples": 4, "length": 128, "sequential": method == "apt"},
+        }
+        result = secateur.compress(
+            MODEL, recipe=secateur.Recipe.parse(recipe), output=tmp_path / method, evaluate=False, dtype="float32"
+        )
+        decision = result.receipt["decisions"][0]
+        errors[method] = decision["notes"]["mean calibration error"]
+        assert decision["notes"]["calibration"]["tokens"] == 4 * 128
+        assert len(decision["matrices"]) == 30 * 7
+        assert all(2 * entry["removed"] == entry["of"] for entry in decision["matrices"].values())
+        assert result.receipt["reload_check"]["how"].startswith("loaded by plain transformers")
+    assert errors["apt"] < errors["sparsegpt"] < errors["wanda"] < 1
+    masks = secateur.read_masks(tmp_path / "sparsegpt")
+    module, _ = load(tmp_path / "sparsegpt")
+    for name, kept in masks.items():
+        assert (kept.view(-1, 4).sum(dim=1) == 2).all()
+        assert not module.get_parameter(name).detach()[~kept].any()

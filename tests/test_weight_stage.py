@@ -168,7 +168,7 @@ def test_blocks_that_are_left_alone(model: Make, recipe: Callable, run: Callable
 # Held-out tokens and errors.
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["sparsegpt", *marked("wanda")])
 def test_held_out_tokens_change_no_weight(method: str, model: Make, recipe: Callable, run: Callable) -> None:
     same = draw(6)
     outputs = [run(model("llama"), recipe(method, [*same, *draw(2, seed=seed)]), f"out-{seed}") for seed in (1, 2)]
@@ -183,7 +183,7 @@ def test_held_out_tokens_change_no_weight(method: str, model: Make, recipe: Call
 
 
 @pytest.mark.parametrize("name", ["mixtral", *marked("llama", "gpt2", "mamba")])
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["sparsegpt", *marked("wanda")])
 def test_errors_are_those_of_a_direct_computation(method: str, name: str, recipe: Callable) -> None:
     """‖X (W − Ŵ)ᵀ‖² / ‖X Wᵀ‖² on all calibration tokens, and on all that were held out."""
     model, sequences = tiny.make(name), draw(8)
@@ -285,7 +285,7 @@ def check_stored(output: Path, dtype: torch.dtype) -> None:
         assert torch.equal(tensors[name] != 0, mask), name
 
 
-@pytest.mark.parametrize("passes", ["float32", "bfloat16"])
+@pytest.mark.parametrize("passes", ["float32", *marked("bfloat16")])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_a_source_in_bfloat16_stays_so(method: str, passes: str, model: Make, recipe: Callable, run: Callable) -> None:
     source = model("llama", dtype=torch.bfloat16)
@@ -339,7 +339,7 @@ def changed(model: Make, tmp_path: Path, name: str, value: float) -> Path:
     return source
 
 
-@pytest.mark.parametrize("inputs", ["compressed", "dense"])
+@pytest.mark.parametrize("inputs", ["compressed", *marked("dense")])
 @pytest.mark.parametrize(
     ("name", "told"),
     [

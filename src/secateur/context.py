@@ -1,8 +1,10 @@
 """What a running method may ask of its surroundings: random streams, resumable state, artifacts, other processes."""
 
+import ctypes
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -42,6 +44,13 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def give_back_memory() -> None:
+    """Returns what is free to the system: a block's large tensors leave holes that the C library would keep."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
@@ -79,6 +88,22 @@ def _first(sentence: str) -> bool:
         return bool(dist.distributed_c10d._get_default_store().add(key, 1) == 1)
     except RuntimeError:  # who kept the count is gone
         return True
+
+
+def spread(work: Callable[[int], Any], pieces: Iterable[int], small: bool) -> dict[int, Any]:
+    """{piece: work(piece)}, which must not depend on each other. `small`: each is computed on one thread, and as many at
+    once as there are threads; small matrices gain little from several threads, several of them gain all.
+    """
+    threads = torch.get_num_threads()
+    if not small or threads == 1:
+        return {piece: work(piece) for piece in pieces}
+    pieces = list(pieces)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return dict(zip(pieces, pool.map(work, pieces), strict=True))
+    finally:
+        # the number is kept for each thread, but MKL's for all
+        torch.set_num_threads(threads)
 
 
 class Context:
@@ -151,19 +176,8 @@ class Context:
         return index % self.world
 
     def each(self, work: Callable[[int], Any], pieces: Iterable[int], small: bool = False) -> dict[int, Any]:
-        """{piece: work(piece)}, which must not depend on each other. `small`: each is computed on one thread, and as many
-        at once as there are threads; small matrices gain little from several threads, several of them gain all.
-        """
-        threads = torch.get_num_threads()
-        if not small or threads == 1:
-            return {piece: work(piece) for piece in pieces}
-        pieces = list(pieces)
-        try:
-            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                return dict(zip(pieces, pool.map(work, pieces), strict=True))
-        finally:
-            # the number is kept for each thread, but MKL's for all
-            torch.set_num_threads(threads)
+        """{piece: work(piece)}, as `spread` computes it."""
+        return spread(work, pieces, small)
 
     def gather(self, results: Mapping[int, Any]) -> dict[int, Any]:
         """Every process's results by piece of work, in order: the same in every process."""

@@ -22,8 +22,10 @@ from secateur.errors import RunError
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, lasting: bool = True) -> Iterator[Path]:
     """Yields a path to write to; on leaving, what was written there becomes `path` by one rename.
+
+    lasting: flushed to the disk, so that it survives even a power cut; what is soon removed need only survive a kill.
 
     Raises RunError when the disk is full: nothing of `path` has changed then, and the run can go on later.
     """
@@ -31,11 +33,13 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        _flush(partial)
+        if lasting:
+            _flush(partial)
         # some writers make their files private; the result is to be as readable as any file made here
         partial.chmod(0o666 & ~_umask())
         partial.replace(path)
-        _flush(path.parent)
+        if lasting:
+            _flush(path.parent)
     except Exception as error:
         partial.unlink(missing_ok=True)
         _explain(error, path)

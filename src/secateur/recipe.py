@@ -115,21 +115,29 @@ class Recipe(BaseModel):
     @classmethod
     def of(cls, method: str, settings: Sequence[str]) -> "Recipe":
         """One step, with `key=value` settings."""
-        parameters = {}
+        parameters: dict[str, Any] = {}
+        rest = []
         for setting in settings:
-            where, name, parameters[name] = _setting(setting)
-            if where not in ("", method, "0"):
-                raise RequestError(f"--set {setting}: the recipe has no step '{where}'.")
-        return cls.parse({"steps": [{method: parameters}]})
+            where, name, value = _setting(setting)
+            if where in ("", method, "0"):
+                parameters[name] = value
+            else:
+                rest.append(setting)
+        return cls.parse({"steps": [{method: parameters}]}).override(rest)
 
     def override(self, settings: Sequence[str]) -> "Recipe":
-        """This recipe with `key=value` or `STEP.key=value` settings; STEP is a method's name or its position from 0.
+        """This recipe with `key=value` or `STEP.key=value` settings; STEP is a method's name or its position from 0, or
+        `calibration`.
 
         A step that an allocation divides the budget of takes the allocation's settings too, under either name.
         """
         steps = [(step.method, dict(step.parameters)) for step in self.steps]
+        wishes: dict[str, Any] = {}
         for setting in settings:
             where, name, value = _setting(setting)
+            if where == "calibration":
+                wishes[name] = value
+                continue
             matching = [
                 i
                 for i, (method, parameters) in enumerate(steps)
@@ -142,7 +150,8 @@ class Recipe(BaseModel):
                     f"--set {setting}: several steps could be meant; write STEP.{name}=… with its position."
                 )
             steps[matching[0]] = _changed(*steps[matching[0]], where, name, value)
-        return Recipe.parse(self.plain() | {"steps": [{method: parameters} for method, parameters in steps]})
+        changed = Recipe.parse(self.plain() | {"steps": [{method: parameters} for method, parameters in steps]})
+        return changed.with_calibration(wishes)
 
     def with_calibration(self, settings: Mapping[str, Any]) -> "Recipe":
         """This recipe with other calibration settings. Raises RequestError when one is wrong or nothing would use them."""

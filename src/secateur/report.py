@@ -15,7 +15,7 @@ from secateur.errors import SecateurError
 from secateur.evaluation import ResultCard, evaluate, render
 from secateur.files import human
 from secateur.network.source import Source
-from secateur.recipe import Evaluate
+from secateur.recipe import Evaluate, Recipe
 from secateur.registry import find
 
 
@@ -158,6 +158,10 @@ def _publishable(recipe: Mapping[str, Any]) -> dict[str, Any]:
         steps.append({name: bare})
     if isinstance(plain.get("evaluate"), dict) and (text := plain["evaluate"].get("text")):
         plain["evaluate"] = {**plain["evaluate"], "text": Path(text).name}
+    if not Recipe.parse(recipe).calibrated:
+        plain.pop("calibration", None)
+    elif not (data := plain["calibration"]["data"]).startswith("dataset:"):
+        plain["calibration"] = {**plain["calibration"], "data": Path(data).name}
     published: dict[str, Any] = _without_paths({**plain, "steps": steps})
     return published
 

@@ -17,7 +17,7 @@ from secateur.calibration.gradients import learn_gradients, pretend_gradients, r
 from secateur.calibration.passes import Passes, Rows
 from secateur.calibration.samples import LENGTH, Calibration, Samples, collect_samples
 from secateur.calibration.statistics import UNSEEN, Statistics
-from secateur.context import Context, barrier, processes
+from secateur.context import Context, barrier, give_back_memory, processes
 from secateur.errors import RequestError, RunError
 from secateur.files import read_tensors, write_json, write_tensors
 from secateur.network.anatomy import Block
@@ -62,25 +62,24 @@ class WeightStage(Stage):
 
     def expected(self) -> Fetch:
         """The source's parameters with the masks laid over them; what a method has changed is taken as it was written."""
-        masks = {
-            name: mask
-            for path in sorted(self._masks().glob("*.safetensors"))
-            for name, mask in read_mask_file(path).items()
-        }
-        refs = {ref.name: ref for block in self.refs.values() for ref in block if ref.name in masks}
-        changed = {ref.parameter for ref in refs.values()}
+        refs: dict[str, list[MatrixRef]] = {}
+        for ref in (ref for block in self.refs.values() for ref in block):
+            refs.setdefault(ref.parameter, []).append(ref)
         written = stored(open_model(self.target, trust_remote_code=self.source.trust_remote_code))
         updated = any(entry["updated"] for entry in self.matrices.values())
 
         def fetch(names: Sequence[str]) -> Mapping[str, Tensor]:
+            # one at a time, because a file stays mapped as long as a tensor of it lives
             tensors = {
-                name: self._cast(name, tensor).float().clone()
-                for name, tensor in self.source.read_parameters(names).items()
+                name: self._cast(name, self.source.parameter(name)).to(torch.float32, copy=True) for name in names
             }
-            new = written([name for name in names if name in changed]) if updated else {}
-            for ref in refs.values():
-                if ref.parameter not in tensors:
-                    continue
+            found = [ref for name in names for ref in refs.get(name, ())]
+            new = written([name for name in names if name in refs]) if updated else {}
+            # of these blocks alone: unpacked, all masks would take as many bytes as there are weights
+            masks: dict[str, Tensor] = {}
+            for block in {ref.block for ref in found}:
+                masks |= read_mask_file(self._masks() / f"{block}.safetensors")
+            for ref in found:
                 gone = ~masks[ref.name]
                 if ref.parameter in new:
                     matrix = view(ref, new[ref.parameter])
@@ -90,7 +89,7 @@ class WeightStage(Stage):
                         )
                     put(ref, tensors[ref.parameter], matrix)
                 else:
-                    put(ref, tensors[ref.parameter], view(ref, tensors[ref.parameter]).masked_fill(gone, 0.0))
+                    view(ref, tensors[ref.parameter]).masked_fill_(gone, 0.0)
             return tensors
 
         return fetch
@@ -263,6 +262,9 @@ class WeightStage(Stage):
         if processes()[0] == 0 or self._passes is None:
             write_masks(self._masks() / f"{block.index}.safetensors", masks)
             write_tensors(self._changes(block.index), changed)
+        working.clear()
+        changed.clear()
+        give_back_memory()
         return {"matrices": said, "warnings": warnings}
 
     @contextmanager
@@ -315,7 +317,10 @@ class WeightStage(Stage):
                 found, entry["unseen"] = self.solver.fall_back(weight, budget), True
             else:
                 found = self.solver.solve(weight, budget, seen, gradients, context)
-            entry |= {"removed": int((~found.kept).sum()), "updated": isinstance(found, Update)}
+            entry |= {
+                "removed": found.kept.numel() - int(found.kept.count_nonzero()),
+                "updated": isinstance(found, Update),
+            }
             for held_out, name in ((False, "calibration_error"), (True, "held_out_error")):
                 inputs = rows(ref.name, held_out)
                 if inputs is not None:

@@ -12,12 +12,14 @@ from secateur.calibration.propagation import Batch, Propagation
 from secateur.calibration.samples import Calibration, Samples
 from secateur.calibration.sequential import solve_in_passing
 from secateur.calibration.statistics import CrossGram, Statistics
-from secateur.context import processes
+from secateur.context import processes, spread
 from secateur.errors import RequestError
 from secateur.network.anatomy import Block
 from secateur.network.matrices import MatrixRef
 from secateur.network.source import Source
 from secateur.network.verify import stored
+
+SMALL = 1 << 22  # numbers in a matrix: up to here matrices are solved side by side, each on one thread
 
 Rows = Callable[[str, bool], Tensor | None]
 """Some inputs that a matrix has seen, of calibration or of held-out tokens."""
@@ -103,8 +105,18 @@ class Passes:
             self._collect(block, refs, collector, last)
         if rest:
             statistics = collector.results()
-            for ref in rest:
-                settle(ref, statistics[ref.name], collector.rows)
+            groups: dict[int, list[MatrixRef]] = {}
+            for ref in rest:  # what shares a statistic stays together, so that nothing is derived from it twice
+                groups.setdefault(id(statistics[ref.name]), []).append(ref)
+
+            def settle_group(group: int) -> None:
+                for ref in groups[group]:
+                    settle(ref, statistics[ref.name], collector.rows)
+
+            # the largest first, so that no thread is left with it alone at the end
+            order = sorted(groups, key=lambda group: -sum(ref.rows * ref.columns**2 for ref in groups[group]))
+            together = processes()[1] > 1  # then each matrix is told to all as it comes
+            spread(settle_group, order, not together and max(ref.rows * ref.columns for ref in rest) <= SMALL)
         passed_on = self._wishes.inputs == "dense" or (self._wishes.sequential and not rest)
         if not passed_on and not last:
             self._tokens.run(block.index, write=True)

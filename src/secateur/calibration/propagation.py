@@ -335,6 +335,6 @@ def _writing(path: Path, nothing: bool) -> Iterator[Any]:
     if nothing:
         yield None
         return
-    with atomic(path) as partial, partial.open("wb") as file:
+    with atomic(path, lasting=False) as partial, partial.open("wb") as file:
         yield file
         file.flush()

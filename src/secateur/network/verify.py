@@ -124,6 +124,7 @@ def stored(source: Source) -> Fetch:
     """Parameters as a source stores them, in float32."""
 
     def fetch(names: Sequence[str]) -> Mapping[str, Tensor]:
-        return {name: tensor.float() for name, tensor in source.read_parameters(names).items()}
+        # one at a time, because a file stays mapped as long as a tensor of it lives
+        return {name: source.parameter(name).float() for name in names}
 
     return fetch

@@ -175,6 +175,31 @@ def test_matrices_with_one_input_elsewhere_are_not_mixed_up() -> None:
         assert_close(statistics.view(Gram).matrix, expected[name])
 
 
+def test_one_input_is_one_in_whatever_shape_and_order() -> None:
+    """As a view of another shape, turned, and multiplied from the other side; a copy of it is another."""
+    model = nn.ModuleList(nn.Linear(8, 3, bias=False) for _ in range(6))
+    refs = [
+        secateur.network.matrices.MatrixRef(f"{i}.weight", f"{i}.weight", None, 3, 8, False, 0, "other")
+        for i in range(6)
+    ]
+    batch = propagation.Batch(0, torch.zeros(1, 5, dtype=torch.int64), 0, False)
+    collector = Collector(refs, dict(model.named_parameters()), {"gram"}, None, [batch])
+    flat, turned = torch.randn(5, 8), torch.randn(1, 8, 5).mT
+    with torch.no_grad(), collector.watching(batch):
+        model[0](flat)
+        model[1](flat.view(1, 5, 8))
+        torch.matmul(model[2].weight, flat.T)
+        model[3](turned)
+        model[4](turned)
+        model[5](flat.clone())
+    found = collector.results()
+    shared = [[found[f"{i}.weight"] is found[f"{j}.weight"] for j in range(6)] for i in range(6)]
+    groups = [{0, 1, 2}, {3, 4}, {5}]
+    assert shared == [[any({i, j} <= group for group in groups) for j in range(6)] for i in range(6)]
+    assert_close(found["2.weight"].view(Gram).matrix, flat.T @ flat)
+    assert_close(found["4.weight"].view(Gram).matrix, turned[0].T @ turned[0])
+
+
 # On the way through the network.
 
 
@@ -201,13 +226,50 @@ def test_inputs_come_through_the_compressed_blocks(
     assert unlike > len(probe) / 2, "and are not those of the dense model"
 
 
+STEPS = {
+    "llama": [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)],
+    # experts see other tokens in every batch, so they are settled together, at the end
+    "mixtral": [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("experts",)],
+    "gptj": [("q_proj", "k_proj", "v_proj", "fc_in"), ("out_proj", "fc_out")],
+}
+
+
+@pytest.mark.parametrize("most", [4096, *marked(20)])  # tokens of a batch
+@pytest.mark.parametrize("name", ["llama", *marked("mixtral", "gptj")])
+def test_sequential_inputs_come_through_what_is_before_them_in_the_block(
+    name: str, most: int, model: Make, ids: Callable[..., Path], probe: Seen, tmp_path: Path, clean: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(propagation, "MOST_TOKENS", most)
+    sequences = draw(UNEQUAL)
+    given = recipe("probe", ids(sequences), 6, {"pattern": 0.6}, sequential=True)
+    secateur.compress(model(name), recipe=given, output=tmp_path / "out", evaluate=False, clean=clean)
+    mixed, written = (AutoModelForCausalLM.from_pretrained(each) for each in (model(name), tmp_path / "out"))
+    after, checked = dict(written.named_parameters()), 0
+    for block in secateur.network.source.open_model(model(name)).anatomy.blocks:
+        for group in STEPS[name]:
+            expected = watched.inputs(mixed, sequences)
+            matrices = [
+                each for each in probe if each.startswith(block.path + ".") and set(group) & set(each.split("."))
+            ]
+            for matrix in matrices:
+                direct = watched.sums(*expected[matrix])["gram"]
+                assert watched.relative(probe[matrix]["gram"].matrix, direct) < 1e-5, matrix
+            with torch.no_grad():
+                for parameter in {each.partition("[")[0] for each in matrices}:
+                    mixed.get_parameter(parameter).copy_(after[parameter])
+            checked += len(matrices)
+    assert checked == len(probe)
+
+
 @pytest.mark.parametrize("name", ["mixtral", *marked("llama", "gpt2", "mamba")])
-@pytest.mark.parametrize("inputs", ["compressed", *marked("dense")])
+@pytest.mark.parametrize("inputs", ["rounded", *marked("compressed", "dense")])
 def test_hidden_states_are_those_of_the_result(
     inputs: str, name: str, model: Make, ids: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     clean: Any,
 ) -> None:  # fmt: skip
-    """What the last block is given, in the order of the batches, and nothing is left of it when the run is over."""
+    """What each block is given, batch by batch; through new weights as they are rounded when they are written."""
+    method, source = ("sparsegpt", model(name, dtype=torch.bfloat16)) if inputs == "rounded" else ("wanda", model(name))
     sequences, states = draw(UNEQUAL), {}
     forget = propagation.Propagation.forget
 
@@ -216,10 +278,11 @@ def test_hidden_states_are_those_of_the_result(
         forget(self, block)
 
     monkeypatch.setattr(propagation.Propagation, "forget", keep)
-    given = recipe("wanda", ids(sequences), 6, inputs=inputs)
-    secateur.compress(model(name), recipe=given, output=tmp_path / "out", evaluate=False, clean=clean, shard_bytes=1)
-    whole = AutoModelForCausalLM.from_pretrained(model(name) if inputs == "dense" else tmp_path / "out")
-    paths = [block.path for block in secateur.network.source.open_model(model(name)).anatomy.blocks]
+    given = recipe(method, ids(sequences), 6, inputs="dense" if inputs == "dense" else "compressed")
+    secateur.compress(source, recipe=given, output=tmp_path / "out", evaluate=False, clean=clean, shard_bytes=1)
+    written = source if inputs == "dense" else tmp_path / "out"
+    whole = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)
+    paths = [block.path for block in secateur.network.source.open_model(source).anatomy.blocks]
     assert sorted(states) == list(range(tiny.BLOCKS))
     for block, path in enumerate(paths):
         met: list[Tensor] = []

@@ -188,5 +188,5 @@ def test_a_module_that_is_cut_and_then_pruned(learned: Callable) -> None:
 
 
 def test_a_module_has_no_tokenizer_to_write_text_with() -> None:
-    with pytest.raises(secateur.RequestError, match="no tokenizer .* JSON file of token ids"):
+    with pytest.raises(secateur.RequestError, match=r"no tokenizer, .* JSON file of token ids"):
         secateur.compress(tiny.make("llama"), "wanda")

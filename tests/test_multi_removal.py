@@ -225,3 +225,18 @@ def test_apt_says_what_rule_m_is_for(layer: Any) -> None:
         _apt(*layer, "0.5", mask_rule="M")
     with pytest.raises(RequestError, match="12870 patterns"):
         _apt(*layer, "8:16", mask_rule="M")
+
+
+def test_apts_schedules_are_what_they_are_called(layer: Any) -> None:
+    matrix, gram = layer
+    hessian = gram.damped()
+    dense, inverse = matrix.masked_fill(hessian.dead, 0), hessian.inverse
+    budget = Budget.uniform(Pattern.parse("0.5"), (24, 48))
+    rule, whole = singly(by_budget(budget, 16).choose), singly(by_budget(budget, 48).choose)
+    masks = {name: _apt(matrix, gram, "0.5", schedule=name).kept for name in ("blocks", "exact", "fast")}
+    assert torch.equal(masks["blocks"], scan(dense, hessian.matrix, inverse, rule).kept)
+    assert torch.equal(masks["exact"], scan_exactly(dense, inverse, rule, 16))
+    assert torch.equal(masks["fast"], choose_at_once(dense, inverse, whole))
+    assert not torch.equal(masks["blocks"], masks["exact"])
+    # weights of a dead input cost nothing, so they go first
+    assert not any(bool(kept[:, 5].any()) for kept in masks.values())

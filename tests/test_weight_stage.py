@@ -171,7 +171,11 @@ def test_blocks_that_are_left_alone(model: Make, recipe: Callable, run: Callable
 @pytest.mark.parametrize("method", ["sparsegpt", *marked("wanda")])
 def test_held_out_tokens_change_no_weight(method: str, model: Make, recipe: Callable, run: Callable) -> None:
     same = draw(6)
-    outputs = [run(model("llama"), recipe(method, [*same, *draw(2, seed=seed)]), f"out-{seed}") for seed in (1, 2)]
+    others = [[*draw(2, seed=seed), *draw(2, length=9, seed=seed)] for seed in (1, 2)]  # two batches
+    outputs = [
+        run(model("llama"), recipe(method, [*same, *held_out], held_out=4), f"out-{number}")
+        for number, held_out in enumerate(others)
+    ]
     assert outcome.promised(outputs[0]) == outcome.promised(outputs[1])
     one, other = map(entries, outputs)
     for name in one:

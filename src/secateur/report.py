@@ -158,7 +158,7 @@ def _publishable(recipe: Mapping[str, Any]) -> dict[str, Any]:
         steps.append({name: bare})
     if isinstance(plain.get("evaluate"), dict) and (text := plain["evaluate"].get("text")):
         plain["evaluate"] = {**plain["evaluate"], "text": Path(text).name}
-    if not Recipe.parse(recipe).calibrated:
+    if not (steps and Recipe.parse(recipe).calibrated):
         plain.pop("calibration", None)
     elif not (data := plain["calibration"]["data"]).startswith("dataset:"):
         plain["calibration"] = {**plain["calibration"], "data": Path(data).name}

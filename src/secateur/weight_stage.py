@@ -164,6 +164,9 @@ class WeightStage(Stage):
         super()._conclude(entries)
         for entry in entries:
             self.matrices.update(entry.get("matrices", {}))
+        # in the network's order, whichever process did which
+        names = (ref.name for block in self.refs.values() for ref in block)
+        self.matrices = {name: self.matrices[name] for name in names if name in self.matrices}
         errors = {
             key: [entry[key] for entry in self.matrices.values() if entry.get(key) is not None]
             for key in ("calibration_error", "held_out_error")

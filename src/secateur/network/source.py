@@ -55,7 +55,7 @@ class Source:
     def skeleton(self) -> nn.Module:
         """The model with its parameters on the meta device and its buffers real: structure without weights."""
         if self.live is not None:
-            return _empty_copy(self.live)
+            return _with_precise_buffers(_empty_copy(self.live), self.config, self.trust_remote_code)
         try:
             model = skeleton(self.config, self.trust_remote_code)
         except Exception as error:  # transformers raises a different family for each thing that a config lacks
@@ -280,6 +280,27 @@ def _empty_copy(module: nn.Module) -> nn.Module:
     empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()}
     # deepcopy takes what it finds in its memo for already copied, so that no weight is
     return deepcopy(module, dict(empty)).eval()
+
+
+def _with_precise_buffers(model: nn.Module, config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
+    """A live module's copy with the buffers that a loaded model computes anew: `.to(bfloat16)` has rounded frequencies."""
+    stored = set(model.state_dict())
+    rounded = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name not in stored and buffer.dtype in (torch.float16, torch.bfloat16)
+    }
+    if rounded:
+        try:
+            fresh = dict(skeleton(deepcopy(config), trust_remote_code).named_buffers())
+        except Exception as error:  # a module of one's own need not be what its configuration says
+            logger.debug("buffers stay as they are: %s", error)
+            return model
+        for name, buffer in rounded.items():
+            if name in fresh and fresh[name].shape == buffer.shape:
+                path, _, attribute = name.rpartition(".")
+                model.get_submodule(path)._buffers[attribute] = fresh[name]
+    return model
 
 
 def conversion_dtype(place: Place, config: PretrainedConfig) -> torch.dtype:

@@ -127,11 +127,14 @@ def fetched(model: nn.Module, anatomy: Anatomy, fetch: Fetch) -> Iterator[None]:
         """Some models look at a weight before they run its module, such as for the device that tokens are to go to."""
         given = first_tensor((args, kwargs))
         kept[None] = {name: model.get_parameter(name) for name in outside}
+        if given is None or not outside:
+            return
+        # they also look at its dtype, which is that of what is fetched; the smallest tells it
+        smallest = min(sorted(outside), key=lambda name: model.get_parameter(name).numel())
+        dtype = fetch([smallest])[smallest].dtype
         for name, parameter in kept[None].items():
-            if given is None:
-                break
             # a single number seen in every place; not a number, so that whoever computes with it notices
-            number = torch.full((), float("nan"), device=given.device).to(parameter.dtype)
+            number = torch.full((), float("nan"), device=given.device).to(dtype)
             put_parameter(model, name, nn.Parameter(number.expand(parameter.shape), requires_grad=False))
 
     def enter(names, path, _module, _inputs):  # type: ignore[no-untyped-def]

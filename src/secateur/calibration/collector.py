@@ -29,7 +29,7 @@ class Enough(Exception):  # noqa: N818 (a signal, not an error)
     """Every matrix of the block has had its input: the rest of the pass is not needed."""
 
 
-Meet = Callable[[MatrixRef, str, bool], None]
+Meet = Callable[[MatrixRef, str], None]
 
 
 @dataclass
@@ -37,12 +37,14 @@ class _Seat:
     """One batch on its way through the block.
 
     Args:
+        index: of the batch.
         waiting: matrices that have not had their input yet.
         inputs: those seen so far with their points, alive so that no other tensor takes their place in memory.
         routes: which experts each token goes to, and how much each counts.
         dense: it goes through the dense network, beside the pass that is counted.
     """
 
+    index: int
     held_out: bool
     waiting: set[str]
     meet: Meet | None
@@ -89,6 +91,7 @@ class Collector:
         self._dense: dict[str, Tensor] = {}
         self._alias: dict[str, str] = {}
         self._sums: dict[str, Sums] = {}
+        self._uncounted: dict[str, list[tuple[int, bool, Tensor, Tensor | None]]] = {}
         self._complete: dict[str, Statistics] = {}
         self._kept: dict[tuple[str, bool], list[Tensor]] = {}
 
@@ -96,14 +99,15 @@ class Collector:
     def watching(self, batch: Batch, to_the_end: bool = True, meet: Meet | None = None) -> Iterator[None]:
         """Sees every product that this thread computes inside.
 
+        With `meet` several threads may be inside; what they see is counted later, in the order of the batches.
+
         Args:
             to_the_end: otherwise Enough is raised when every matrix has had its input.
-            meet: called before each product with a matrix, with the matrix, the point whose input it reads, and whether
-                this is the first in the batch to read it.
+            meet: called before each product with a matrix, with the matrix and the name of the input that it reads.
         """
         # without experts every matrix has its input in every batch, and the pass may end at the last one
         waiting = {""} if to_the_end or self._bank is not None else set(self._refs)
-        self._at.seat = _Seat(batch.held_out, waiting, meet)
+        self._at.seat = _Seat(batch.index, batch.held_out, waiting, meet)
         hook = self._bank.register_forward_pre_hook(self._routed, with_kwargs=True) if self._bank is not None else None
         try:
             with _Products(self):
@@ -116,7 +120,7 @@ class Collector:
     @contextmanager
     def recording_dense(self, batch: Batch) -> Iterator[None]:
         """Keeps what this batch is in the dense network, for the pass of the same batch that is watched next."""
-        self._at.seat = _Seat(batch.held_out, {""}, None, dense=True)
+        self._at.seat = _Seat(batch.index, batch.held_out, {""}, None, dense=True)
         try:
             with _Products(self):
                 yield
@@ -142,13 +146,13 @@ class Collector:
         if first:
             seat.inputs.append((inputs, point))
             rows = inputs.reshape(-1, ref.columns)
-            self._keep(point, rows, seat.held_out)
-            if not seat.held_out:
-                if point not in self._sums:
-                    self._sums[point] = Sums(self._wanted, ref.columns, inputs.device)
-                self._sums[point].add(rows, self._gates(ref, len(rows)), self._dense.get(ref.name))
+            gates = None if seat.held_out else self._gates(ref, len(rows))
+            if seat.meet is None:
+                self._count(point, seat.held_out, rows, gates, self._dense.get(ref.name))
+            else:
+                self._uncounted.setdefault(point, []).append((seat.index, seat.held_out, rows, gates))
         if seat.meet is not None:
-            seat.meet(ref, point, first)
+            seat.meet(ref, point)
         seat.waiting.discard(ref.name)
         if not seat.waiting:
             raise Enough
@@ -159,6 +163,8 @@ class Collector:
         Raises RunError naming the matrix whose inputs are not finite, RequestError naming one that was never seen at work
         though tokens must have reached it.
         """
+        for point in list(self._uncounted):
+            self._count_late(point)
         self._merge()
         for parameter, names in self._certain.items():
             if not any(self._alias.get(name, name) in self._sums for name in names):
@@ -169,9 +175,15 @@ class Collector:
         shared = {point: self.complete(point) for point in self._sums}
         return {name: shared.get(self._alias.get(name, name), UNSEEN) for name in self._refs}
 
+    @property
+    def alone(self) -> bool:
+        """Whether one pass at a time can be watched: what tells the experts' tokens is attached to the module itself."""
+        return self._bank is not None
+
     def complete(self, point: str) -> Statistics:
         """The statistics of an input once all batches of this process have given theirs."""
         if point not in self._complete:
+            self._count_late(point)
             sums = self._sums.get(point, UNSEEN.sums)
             sums.finish()
             if not sums.finite:
@@ -208,6 +220,19 @@ class Collector:
         if len(token) != tokens:
             raise RunError(f"{ref.name} was given {tokens} tokens, but {len(token)} are routed to its expert.")
         return gates[token, choice]
+
+    def _count(
+        self, point: str, held_out: bool, rows: Tensor, gates: Tensor | None, dense: Tensor | None = None
+    ) -> None:
+        self._keep(point, rows, held_out)
+        if not held_out:
+            if point not in self._sums:
+                self._sums[point] = Sums(self._wanted, rows.shape[1], rows.device)
+            self._sums[point].add(rows, gates, dense)
+
+    def _count_late(self, point: str) -> None:
+        for _, held_out, rows, gates in sorted(self._uncounted.pop(point, []), key=lambda seen: seen[0]):
+            self._count(point, held_out, rows, gates)
 
     def _keep(self, point: str, rows: Tensor, held_out: bool) -> None:
         quota = self._quota[held_out]

@@ -1,7 +1,7 @@
 """Which one-shot pruning of weights keeps SmolLM2-135M best: perplexity, layer errors and seconds, over calibration seeds.
 
     python benchmarks/weights_quality.py --calibration wikitext2/validation.txt --text wikitext2/test.txt \\
-        [--seeds 3] [--patterns 0.5 2:4] [--only wanda ...]
+        [--seeds 3] [--patterns 0.5 2:4] [--only SparseGPT wanda ...]
     python benchmarks/weights_quality.py ... --allocations [--patterns 0.7]
 
 Float32; a seed draws the calibration windows. Perplexity on the first windows of 1024 tokens. Errors: what a matrix's output
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--only", nargs="+", help="names of methods")
+    parser.add_argument("--only", nargs="+", help="names of rows, or of methods")
     parser.add_argument("--allocations", action="store_true")
     parser.add_argument("--model", default=SMOLLM2)
     options = parser.parse_args()
@@ -85,7 +85,7 @@ def main() -> None:
     chosen = {
         name: (method, given)
         for name, (method, given) in variants.items()
-        if method in methods() and (not options.only or method in options.only)
+        if method in methods() and (not options.only or {name, method} & set(options.only))
     }
     with tempfile.TemporaryDirectory() as folder:
         ids = write_ids(Path(folder) / "ids.json", [text_ids(options.calibration, options.model).ids])

@@ -3,7 +3,6 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from secateur.run import Run, make_stage, request
 from secateur.solving import Solver
 from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
+from secateur.units import Sizes
 
 SHARD_BYTES = 256 * 10**6
 
@@ -41,9 +41,9 @@ def dry_run(
     """What `compress` would cut, write and need: plain data. Reads headers, and one block's weights to time the method."""
     plan, spec = request(model, None, None, recipe, seed, dtype)
     run = Run(spec, plan, Path(output), device, 0, trust_remote_code, False, SHARD_BYTES, silent, None)
-    source, _, _, widths = run.look(restart)
+    source, _, _, sizes = run.look(restart)
     wanted = getattr(torch, plan.dtype) if plan.dtype else None
-    said = _needs(source, widths, Path(output), wanted, plan)
+    said = _needs(source, sizes or {}, Path(output), wanted, plan)
     place = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
     said["disk_free"] = shutil.disk_usage(place).free
     if not source.tensors:
@@ -72,7 +72,7 @@ def dry_run(
 
 def _needs(
     original: Source,
-    stage_widths: Mapping[int, int] | None,
+    sizes: Sizes,
     output: Path,
     dtype: torch.dtype | None,
     plan: Recipe,
@@ -82,9 +82,12 @@ def _needs(
     """
     steps = plan.steps
     cut = {
-        block.index: (stage_widths[block.index], block.feed_forward.units)
-        for block in original.anatomy.blocks
-        if stage_widths and block.feed_forward and block.index in stage_widths
+        axis: {
+            index: (kept, group)
+            for index, kept in widths.items()
+            if (group := original.anatomy.blocks[index].group(axis)) is not None
+        }
+        for axis, widths in sizes.items()
     }
 
     def statistics(step: Step) -> int:
@@ -95,12 +98,12 @@ def _needs(
         return sum(SyntheticGram.bytes(layer.units) + 4 * layer.hidden * layer.units for layer in layers)
 
     removed: dict[str, int] = {}
-    for block in original.anatomy.blocks:
-        for part in block.feed_forward.slices if block.feed_forward and block.index in cut else ():
-            kept, of = cut[block.index]
-            parameter = original.skeleton.get_parameter(part.parameter)
-            fewer = parameter.numel() // parameter.shape[part.dim] * (of - kept)
-            removed[part.parameter] = removed.get(part.parameter, 0) + fewer
+    for units in cut.values():
+        for kept, group in units.values():
+            for part in group.slices:
+                parameter = original.skeleton.get_parameter(part.parameter)
+                fewer = parameter.numel() // parameter.shape[part.dim] * (group.count - kept) * part.width
+                removed[part.parameter] = removed.get(part.parameter, 0) + fewer
     total = original.anatomy.parameters
     if original.tensors:
 
@@ -122,7 +125,10 @@ def _needs(
     return {
         "parameters": total,
         "parameters_after": total - sum(removed.values()),
-        "widths": {str(block): {"kept": kept, "of": of} for block, (kept, of) in cut.items()},
+        "units": {
+            axis: {str(block): {"kept": kept, "of": group.count} for block, (kept, group) in units.items()}
+            for axis, units in cut.items()
+        },
         "zeros": [{"removed": each.removed, "of": each.of, "matrices": each.matrices} for each in pruning],
         "bytes_written": written,
         "disk_needed": written + extra,

@@ -31,7 +31,7 @@ class Step(BaseModel):
     @property
     def calibrated(self) -> bool:
         """Whether it learns from text, itself or through a method that it names."""
-        return self.registered.scope == "weight" and Solver.of(self.registered, self.parameters).calibrated
+        return self.registered.scope in ("weight", "units") and Solver.of(self.registered, self.parameters).calibrated
 
     def plain(self) -> dict[str, Any]:
         """As it is written in a recipe: {method: {parameter: value}}, in plain data."""

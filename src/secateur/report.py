@@ -58,12 +58,17 @@ def summary(receipt: Mapping[str, Any]) -> list[str]:
             lines.append(f"{decision['method']}: {removed:,} of {of:,} weights ({removed / of:.2%}) are zero")
             lines[-1] += f", in {len(matrices)} matrices"
             continue
-        units = decision["units"].values()
-        kept, of = sum(unit["kept"] for unit in units), sum(unit["of"] for unit in units)
-        each = sorted({(unit["kept"], unit["of"]) for unit in units})
-        shape = f"{each[0][0]} of {each[0][1]} in each of {len(units)} blocks" if len(each) == 1 else "differing widths"
-        reached = f", {1 - kept / of:.1%} removed" if of else ""
-        lines.append(f"{decision['method']}: feed-forward neurons {shape}{reached}")
+        for axis, units in decision["units"].items():
+            kept, of = (sum(unit[key] for unit in units.values()) for key in ("kept", "of"))
+            each = sorted({(unit["kept"], unit["of"]) for unit in units.values()})
+            alike = f"{each[0][0]} of {each[0][1]} in each of {len(units)} blocks"
+            what = {"neurons": "feed-forward neurons", "heads": "attention heads, by shared keys and values,"}[axis]
+            lines.append(
+                f"{decision['method']}: {what} {alike if len(each) == 1 else 'differing widths'}, "
+                f"{1 - kept / of:.1%} removed"
+            )
+        if not decision["units"]:
+            lines.append(f"{decision['method']}: nothing was cut")
     return lines
 
 

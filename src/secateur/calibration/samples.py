@@ -41,6 +41,8 @@ class Calibration(BaseModel):
         inputs: whether a block's inputs come through the compressed blocks before it, or through the dense ones.
         sequential: solve each matrix as soon as all tokens have reached it, so that those after it in the block see it
             changed (true-sequential); one pass in place of two, but the activations of all tokens in a block are in memory.
+        skip: tokens at the beginning of each sequence that are passed through but not counted; default 0 for single weights
+            and 4 for units, because the activations of the first tokens are often a hundred times as large as all others.
         dtype: of the passes through blocks; statistics and solving stay in float32.
     """
 
@@ -53,6 +55,7 @@ class Calibration(BaseModel):
     order: Literal["random", "first"] = "random"
     inputs: Literal["compressed", "dense"] = "compressed"
     sequential: bool = False
+    skip: int | None = Field(default=None, ge=0)
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property

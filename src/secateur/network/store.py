@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from secateur.errors import RequestError
 from secateur.files import atomic, write_json
+from secateur.network.anatomy import AXES, Axis
 from secateur.network.source import Source, skeleton
 
 logger = logging.getLogger(__name__)
@@ -39,39 +41,82 @@ def stored_dtype(source: Source, wanted: torch.dtype | None, stored: torch.dtype
     return wanted or stored
 
 
-def resized_config(source: Source, widths: Mapping[int, int]) -> dict[str, Any]:
-    """The source's configuration with feed-forward widths that say `widths` (units kept, by block index).
+Sizes = Mapping[Axis, Mapping[int, int]]
+"""How many units of each kind stay, by block."""
 
-    Which entry holds the width is not known by name: every entry with the right value is tried, and the one is taken
-    with which the architecture builds exactly the shapes that are wanted and changes no other.
 
-    Raises RequestError when no entry does.
+def resized_config(source: Source, sizes: Sizes) -> dict[str, Any]:
+    """The source's configuration with widths that say `sizes`.
+
+    Which entries hold a width is not known by name: every entry with the right value is tried, and those are taken with
+    which the architecture builds exactly the shapes that are wanted and changes no other.
+
+    Raises RequestError when none do.
     """
-    raw = raw_config(source)
-    blocks = source.anatomy.blocks
-    old = {block.index: block.feed_forward.units for block in blocks if block.feed_forward}
-    new = {**old, **widths}
-    if new == old:
-        return raw
-    wanted = _wanted_shapes(source, new)
-    uniform = len(set(new.values())) == 1
+    raw, reached = raw_config(source), dict[Axis, Mapping[int, int]]()
+    for axis in AXES:
+        old = {block.index: group.count for block in source.anatomy.blocks if (group := block.group(axis))}
+        new = {**old, **sizes.get(axis, {})}
+        if new == old:
+            continue
+        reached[axis] = new
+        wanted = _wanted_shapes(source, reached)
+        tries = _heads if axis == "heads" else _widths
+        raw = next((changed for changed in tries(raw, source, old, new) if _shapes(source, changed) == wanted), {})
+        if not raw:
+            raise RequestError(_unsaid(source, axis, list(new.values())))
+    return raw
+
+
+def _unsaid(source: Source, axis: Axis, values: list[int]) -> str:
+    architecture = type(source.skeleton).__name__
+    if len(set(values)) == 1:
+        what = "feed-forward width" if axis == "neurons" else "number of attention heads without changing their size"
+        return (
+            f"the configuration of {architecture} has no entry that sets its {what}, so a cut model of {source.spec} could "
+            "not be opened again."
+        )
+    return (
+        f"the widths planned for {source.spec} differ between its layers ({min(values)} to {max(values)} {axis}), and the "
+        f"configuration of {architecture} can only say one width for all; plan one ratio for every layer, or cut a live "
+        "model in Python."
+    )
+
+
+def _widths(
+    raw: Mapping[str, Any], source: Source, old: Mapping[int, int], new: Mapping[int, int]
+) -> Iterator[dict[str, Any]]:
+    """Configurations that may say these feed-forward widths."""
     values = list(new.values())
     for path, value in _candidates(raw, source, next(iter(old.values()))):
-        for setting in [values[0]] if uniform and not isinstance(value, list) else [values]:
-            changed = deepcopy(raw)
-            _set(changed, path, setting)
-            if _shapes(source, changed) == wanted:
-                return changed
-    if uniform:
-        raise RequestError(
-            f"the configuration of {type(source.skeleton).__name__} has no entry that sets its feed-forward width, so a "
-            f"cut model of {source.spec} could not be opened again."
-        )
-    raise RequestError(
-        f"the widths planned for {source.spec} differ between its layers ({min(values)} to {max(values)} neurons), and the "
-        f"configuration of {type(source.skeleton).__name__} can only say one width for all; plan one ratio for every "
-        "layer, or cut a live model in Python."
-    )
+        changed = deepcopy(dict(raw))
+        _set(changed, path, values[0] if len(set(values)) == 1 and not isinstance(value, list) else values)
+        yield changed
+
+
+def _heads(
+    raw: Mapping[str, Any], source: Source, old: Mapping[int, int], new: Mapping[int, int]
+) -> Iterator[dict[str, Any]]:
+    """Configurations that may say these numbers of heads, in units of those that share keys and values: the entries that say
+    how many heads and how many of keys and values there are, with the size of a head held fast.
+    """
+    attention = next(block.attention for block in source.anatomy.blocks if block.attention)
+    if len(set(new.values())) > 1:
+        return
+    share = attention.heads // next(iter(old.values()))
+    kept = next(iter(new.values()))
+    kept_kv = kept * attention.kv_heads // next(iter(old.values()))
+    entries = source.config.to_dict()
+    heads = [key for key, value in entries.items() if type(value) is int and value == attention.heads]
+    kv = [key for key, value in entries.items() if type(value) is int and value == attention.kv_heads]
+    size = [key for key, value in entries.items() if type(value) is int and value == attention.head_dim]
+    for fixed in ([], *([key] for key in size)):
+        for head, shared in product(heads, [None, *kv]):
+            changed = {**deepcopy(dict(raw)), **{key: entries[key] for key in fixed if key != head}}
+            changed[head] = kept * share
+            if shared is not None and shared not in (head, *fixed):
+                changed[shared] = kept_kv
+            yield changed
 
 
 def raw_config(source: Source) -> dict[str, Any]:
@@ -120,14 +165,15 @@ def _shapes(source: Source, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
-def _wanted_shapes(source: Source, widths: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
+def _wanted_shapes(source: Source, sizes: Sizes) -> dict[str, tuple[int, ...]]:
     # every name, because a live module shares tied parameters and an empty one may not
     named = source.skeleton.named_parameters(remove_duplicate=False)
     shapes = {name: list(parameter.shape) for name, parameter in named}
-    for block in source.anatomy.blocks:
-        if block.feed_forward:
-            for part in block.feed_forward.slices:
-                shapes[part.parameter][part.dim] -= block.feed_forward.units - widths[block.index]
+    for axis, kept in sizes.items():
+        for block in source.anatomy.blocks:
+            if group := block.group(axis):
+                for part in group.slices:
+                    shapes[part.parameter][part.dim] -= (group.count - kept[block.index]) * part.width
     return {name: tuple(shape) for name, shape in shapes.items()}
 
 

@@ -198,10 +198,12 @@ def _print_method(card: dict[str, Any]) -> None:
 
 
 def _print_forecast(said: dict[str, Any]) -> None:
+    from secateur.report import UNITS
+
     for axis, units in said["units"].items():
         widths = {(unit["kept"], unit["of"]) for unit in units.values()}
         cut = ", ".join(f"{of} → {kept}" for kept, of in sorted(widths))
-        console.print(f"would cut: {axis} {cut} in {len(units)} blocks", highlight=False)
+        console.print(f"would cut: {UNITS[axis]} {cut} in {len(units)} blocks", highlight=False)
     for each in said["zeros"]:
         console.print(
             f"would zero: {each['removed']:,} of {each['of']:,} weights ({each['removed'] / each['of']:.2%}) in "

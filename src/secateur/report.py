@@ -18,6 +18,9 @@ from secateur.network.source import Source
 from secateur.recipe import Evaluate, Recipe
 from secateur.registry import find
 
+UNITS = {"neurons": "feed-forward neurons", "heads": "attention heads (by shared keys and values)"}
+"""What the units of an axis are called."""
+
 
 def measure(
     original: Source, result: Source, wanted: Evaluate | bool, max_memory: int, progress: Progress = silent
@@ -62,9 +65,8 @@ def summary(receipt: Mapping[str, Any]) -> list[str]:
             kept, of = (sum(unit[key] for unit in units.values()) for key in ("kept", "of"))
             each = sorted({(unit["kept"], unit["of"]) for unit in units.values()})
             alike = f"{each[0][0]} of {each[0][1]} in each of {len(units)} blocks"
-            what = {"neurons": "feed-forward neurons", "heads": "attention heads, by shared keys and values,"}[axis]
             lines.append(
-                f"{decision['method']}: {what} {alike if len(each) == 1 else 'differing widths'}, "
+                f"{decision['method']}: {UNITS[axis]} {alike if len(each) == 1 else 'differing widths'}, "
                 f"{1 - kept / of:.1%} removed"
             )
         if not decision["units"]:

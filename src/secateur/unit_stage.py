@@ -83,10 +83,11 @@ class PlanStage(_CutsUnits):
         self._ask(Context(self.seed, self.index), layers[:1])
         return (time.time() - begun) * len(layers)
 
-    def _decide_all(self) -> None:
-        self._prepare()
-
     def _prepare(self) -> None:
+        self._decide_all()
+        resized_config(self.source, self.cuts.sizes())
+
+    def _decide_all(self) -> None:
         """The plan is made once, then read from the state."""
         marker = self.state / "plan.json"
         made = marker.exists()
@@ -102,7 +103,6 @@ class PlanStage(_CutsUnits):
         said = json.loads(marker.read_text())
         self.notes.update(said["notes"])
         self.warnings += said["warnings"]
-        resized_config(self.source, self.cuts.sizes())
 
     def _ask(self, context: Context, blocks: Sequence[int] | None = None) -> Plan:
         registered = self.step.registered

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from secateur.errors import RequestError
 from secateur.files import atomic, write_json
@@ -64,14 +65,20 @@ def resized_config(source: Source, sizes: Sizes) -> dict[str, Any]:
         tries = _heads if axis == "heads" else _widths
         raw = next((changed for changed in tries(raw, source, old, new) if _shapes(source, changed) == wanted), {})
         if not raw:
-            raise RequestError(_unsaid(source, axis, list(new.values())))
+            raise RequestError(_unsaid(source, axis, old, new))
     return raw
 
 
-def _unsaid(source: Source, axis: Axis, values: list[int]) -> str:
-    architecture = type(source.skeleton).__name__
+def _unsaid(source: Source, axis: Axis, old: Mapping[int, int], new: Mapping[int, int]) -> str:
+    """Why these widths cannot be: a sentence."""
+    architecture, values = type(source.skeleton).__name__, list(new.values())
     if len(set(values)) == 1:
         what = "feed-forward width" if axis == "neurons" else "number of attention heads without changing their size"
+        if axis == "heads" and (others := _sayable(source, old)):
+            return (
+                f"the configuration of {architecture} cannot say {values[0]} of {min(old.values())} heads, only "
+                f"{', '.join(map(str, others))}; choose for {source.spec} a ratio that leaves one of these."
+            )
         return (
             f"the configuration of {architecture} has no entry that sets its {what}, so a cut model of {source.spec} could "
             "not be opened again."
@@ -81,6 +88,17 @@ def _unsaid(source: Source, axis: Axis, values: list[int]) -> str:
         f"configuration of {architecture} can only say one width for all; plan one ratio for every layer, or cut a live "
         "model in Python."
     )
+
+
+def _sayable(source: Source, old: Mapping[int, int]) -> list[int]:
+    """How many heads, by shared keys and values, its configuration could say: some ask that they divide the hidden size."""
+    found = []
+    for count in range(1, min(old.values())):
+        new = dict.fromkeys(old, count)
+        wanted = _wanted_shapes(source, {"heads": new})
+        if any(_shapes(source, changed) == wanted for changed in _heads(raw_config(source), source, old, new)):
+            found.append(count)
+    return found
 
 
 def _widths(
@@ -110,13 +128,12 @@ def _heads(
     heads = [key for key, value in entries.items() if type(value) is int and value == attention.heads]
     kv = [key for key, value in entries.items() if type(value) is int and value == attention.kv_heads]
     size = [key for key, value in entries.items() if type(value) is int and value == attention.head_dim]
-    for fixed in ([], *([key] for key in size)):
+    # the usual name, which many architectures heed though their configuration does not list it
+    for fixed in dict.fromkeys([None, *size, "head_dim"]):
         for head, shared in product(heads, [None, *kv]):
-            changed = {**deepcopy(dict(raw)), **{key: entries[key] for key in fixed if key != head}}
-            changed[head] = kept * share
-            if shared is not None and shared not in (head, *fixed):
-                changed[shared] = kept_kv
-            yield changed
+            if head not in (fixed, shared) and (fixed != shared or fixed is None):
+                changed = {**deepcopy(dict(raw)), **({fixed: attention.head_dim} if fixed else {}), head: kept * share}
+                yield changed | ({shared: kept_kv} if shared else {})
 
 
 def raw_config(source: Source) -> dict[str, Any]:
@@ -156,12 +173,16 @@ def _set(raw: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _shapes(source: Source, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    said = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # what it thinks of a value that is only tried
     try:
         config = type(source.config).from_dict(dict(raw))
         model = skeleton(config, source.trust_remote_code)
     except Exception as error:  # whatever an architecture does with a value it was not made for: not this entry
         logger.debug("config entry refused: %s", error)
         return None
+    finally:
+        transformers_logging.set_verbosity(said)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 

@@ -19,8 +19,9 @@ FIRST = ("llama", "gpt2")
 # No feed-forward of its own, or a width that its configuration cannot say: every method that cuts neurons must refuse these.
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_mixed", "olmoe")
 REFUSED = ("bloom", *MIXTURES, "mamba")
-# Small enough for seconds, large enough that a kill finds a method half way.
-QUICK = {"prunenet": {"episodes": 3}}
+# Small enough for seconds, large enough that a kill finds a method half way;
+# the metric whose engine has most to go on with.
+QUICK = {"prunenet": {"episodes": 3}, "layer_drop": {"metric": "perplexity"}}
 WIDTH = 128  # of 160, at ratio 0.2, a multiple of 32
 SPARSITY = 0.37  # no whole number of weights in any row
 
@@ -34,6 +35,11 @@ def _cases() -> list:
     ]
 
 
+def _drops(method: str) -> bool:
+    """Whether it removes whole blocks."""
+    return methods()[method].scope == "blocks"
+
+
 def _cuts(method: str) -> bool:
     """Whether it removes neurons; the others zero or change single weights."""
     return methods()[method].scope in ("units", "network")
@@ -44,7 +50,7 @@ SPARED = {"dense_refit": {"targets": ["attention"]}}
 
 
 def _recipe(method: str, name: str, ids: Path) -> secateur.Recipe:
-    parameters = {"ratio": 0.2} if _cuts(method) else {"pattern": SPARSITY}
+    parameters = {"ratio": 0.2} if _cuts(method) or _drops(method) else {"pattern": SPARSITY}
     spared = SPARED.get(method, {}) if name in MIXTURES else {}
     step = {method: {**parameters, **QUICK.get(method, {}), **spared}}
     learns = secateur.Recipe.parse({"steps": [step]}).calibrated
@@ -65,6 +71,34 @@ def _check_cut(source: Path, dense: torch.nn.Module, result: torch.nn.Module) ->
     blocks = len(secateur.network.source.open_model(source).anatomy.blocks)
     per_neuron = (outcome.parameters(dense) - outcome.parameters(result)) / (tiny.UNITS - WIDTH) / blocks
     assert per_neuron == int(per_neuron) >= 2 * tiny.HIDDEN, "whole neurons are gone, and nothing else"
+
+
+def _check_dropped(output: Path, source: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
+    decided = json.loads((output / "secateur.json").read_text())["decisions"][0]["blocks"]
+    kept, removed = decided["kept"], decided["removed"]
+    assert len(removed) == 1 and sorted(kept + removed) == list(range(tiny.BLOCKS))
+    paths = [block.path for block in secateur.network.source.open_model(source).anatomy.blocks]
+    before, after = dict(dense.named_parameters()), dict(result.named_parameters())
+    inside = tuple(path + "." for path in paths)
+    assert {n for n in before if not n.startswith(inside)} == {n for n in after if not n.startswith(inside)}
+    for name, parameter in after.items():
+        old = next((name.replace(f"{paths[i]}.", f"{paths[k]}.") for i, k in enumerate(kept) if f"{paths[i]}." in name), name)
+        assert torch.equal(parameter, before[old]), f"{name} is {old} of the source"
+    for index in removed:  # the block is skipped
+        dense.get_submodule(paths[index]).forward = _skip(dense.get_submodule(paths[index]))
+    words = torch.tensor([prompt(tiny.VOCABULARY)])
+    with torch.no_grad():
+        torch.testing.assert_close(result(words).logits, dense(words).logits, atol=1e-4, rtol=1e-4)
+    assert {len(v) for v in _per_layer(result.config)} <= {len(kept)}
+
+
+def _skip(block: torch.nn.Module) -> Callable:
+    with_tuple = "GPTJ" in type(block).__name__ or "Falcon" in type(block).__name__
+    return lambda hidden_states, *_, **__: (hidden_states,) if with_tuple else hidden_states
+
+
+def _per_layer(config: object) -> list:
+    return [value for name in ("layer_types",) if (value := getattr(config, name, None))]
 
 
 def _check_zeros(output: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
@@ -102,7 +136,10 @@ def test_every_method_on_every_architecture(
     run(first)
     dense = AutoModelForCausalLM.from_pretrained(source)
     result = AutoModelForCausalLM.from_pretrained(first)
-    _check_cut(source, dense, result) if _cuts(method) else _check_zeros(first, dense, result)
+    if _drops(method):
+        _check_dropped(first, source, dense, result)
+    else:
+        _check_cut(source, dense, result) if _cuts(method) else _check_zeros(first, dense, result)
 
     words = [prompt(tiny.VOCABULARY)]
     with torch.no_grad():
@@ -110,6 +147,11 @@ def test_every_method_on_every_architecture(
     torch.testing.assert_close(clean.logits(first, words), here, atol=1e-5, rtol=1e-5)
     tokens = result.generate(torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] > len(words[0]), "the result generates"
+    if _drops(method):  # the cache is addressed by the numbers of blocks
+        without = result.generate(
+            torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False
+        )
+        assert torch.equal(tokens, without), "and with a cache as without"
 
     run(second)
     assert outcome.promised(first) == outcome.promised(second), "one seed, one result"

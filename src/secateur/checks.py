@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from secateur.errors import RequestError
+from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.source import Source
 from secateur.network.store import resized_config
 from secateur.network.widths import round_width
@@ -25,7 +26,14 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> di
         )
     original = {block.index: block.feed_forward.units for block in network.blocks if block.feed_forward}
     widths: dict[int, int] | None = None
+    count = len(network.blocks)
     for step in steps:
+        if step.registered.scope == "blocks":
+            count = _check_blocks(source, step, count)
+            # which blocks go is not known yet; mostly they are alike, and only how many are left matters here
+            original = {index: units for index, units in original.items() if index < count}
+            widths = widths and {index: units for index, units in widths.items() if index < count}
+            continue
         if step.registered.scope == "weight":
             check_targets(source, step)
             continue
@@ -34,8 +42,20 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> di
         widths = planned or widths
         if saved:
             # without a plan any narrower width shows whether the configuration can say it
-            resized_config(source, planned or {index: max(1, units - 1) for index, units in original.items()})
+            wanted = planned or {index: max(1, units - 1) for index, units in original.items()}
+            # blocks that an earlier step removes are still in this source
+            last = wanted[max(wanted)]
+            resized_config(source, {block.index: wanted.get(block.index, last) for block in network.blocks})
     return widths
+
+
+def _check_blocks(source: Source, step: Step, count: int) -> int:
+    """How many of `count` blocks a step leaves. Raises RequestError when it cannot remove blocks from this model."""
+    left = count - blocks_to_remove(step.method, step.parameters, count)
+    check_skippable(source, step.method)
+    # whichever go, the configuration must be able to say a smaller number
+    shortened_config(source, range(left))
+    return left
 
 
 def _require_units(source: Source, step: Step) -> None:

@@ -202,6 +202,8 @@ def _print_forecast(said: dict[str, Any]) -> None:
     if widths:
         cut = ", ".join(f"{of} → {kept}" for kept, of in sorted(widths))
         console.print(f"would cut: feed-forward neurons {cut} in {len(said['widths'])} blocks", highlight=False)
+    if blocks := said["blocks"]:
+        console.print(f"would remove: {blocks['of'] - blocks['kept']} of {blocks['of']} blocks", highlight=False)
     for each in said["zeros"]:
         console.print(
             f"would zero: {each['removed']:,} of {each['of']:,} weights ({each['removed'] / each['of']:.2%}) in "

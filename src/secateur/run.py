@@ -21,6 +21,7 @@ from secateur.checks import check_steps
 from secateur.context import Progress, barrier, process_group, processes, silent
 from secateur.errors import RequestError, RunError
 from secateur.files import sha256, write_json, write_text
+from secateur.layer_stage import LayerStage
 from secateur.network.clean_load import peak
 from secateur.network.source import Source, check_device, open_model
 from secateur.network.store import check_output
@@ -370,4 +371,6 @@ def make_stage(recipe: Recipe, index: int, source: Source, target: Path, state: 
     step = recipe.steps[index]
     if step.registered.scope == "weight":
         return WeightStage(source, step, index, recipe.seed, target, state, **options, calibration=recipe.calibration)
+    if step.registered.scope == "blocks":
+        return LayerStage(source, step, index, recipe.seed, target, state, **options, calibration=recipe.calibration)
     return UnitStage(source, step, index, recipe.seed, target, state, **options)

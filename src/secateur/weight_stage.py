@@ -1,6 +1,5 @@
 """A step that zeroes or changes single weights: block by block, statistics first where the method asks for some."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.gradients import learn_gradients, pretend_gradients, read_gradients
 from secateur.calibration.passes import Passes, Rows
-from secateur.calibration.samples import LENGTH, Calibration, Samples, collect_samples
+from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
 from secateur.calibration.statistics import UNSEEN, Statistics
 from secateur.context import Context, barrier, give_back_memory, processes
 from secateur.errors import RequestError, RunError
@@ -373,17 +372,8 @@ class WeightStage(Stage):
         return Passes(self.source, samples, self.calibration, kinds, self.refs, self.state, self.device)
 
     def _samples(self) -> Samples:
-        """The calibration tokens: collected by the first process once, then read from the state."""
-        path, name = self.state / "samples.safetensors", self.state / "samples.json"
-        if processes()[0] == 0 and not name.exists():
-            context = self._context("samples")
-            samples = collect_samples(
-                self.source, self.calibration, context.generator("samples"), self.seed, progress=self.progress
-            )
-            write_tensors(path, samples.tensors())
-            write_json(name, samples.name)
-        barrier()
-        return Samples.from_tensors(read_tensors(path)[0], json.loads(name.read_text()))
+        drawn = self._context("samples").generator("samples")
+        return kept_samples(self.source, self.calibration, self.state, drawn, self.seed, self.progress)
 
     def _masks(self) -> Path:
         return (self.artifacts or self.state) / FOLDER

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from secateur.errors import RequestError
 from secateur.files import atomic, write_json
 from secateur.network.source import Source, skeleton
 
 logger = logging.getLogger(__name__)
+
+Entry = tuple[str, ...]
+"""Where something stands in a configuration: the keys from the outside in."""
 
 # Weights in any form, what describes them, and what is written anew.
 _NOT_COPIED = (
@@ -59,7 +63,7 @@ def resized_config(source: Source, widths: Mapping[int, int]) -> dict[str, Any]:
     for path, value in _candidates(raw, source, next(iter(old.values()))):
         for setting in [values[0]] if uniform and not isinstance(value, list) else [values]:
             changed = deepcopy(raw)
-            _set(changed, path, setting)
+            set_entry(changed, path, setting)
             if _shapes(source, changed) == wanted:
                 return changed
     if uniform:
@@ -84,16 +88,18 @@ def raw_config(source: Source) -> dict[str, Any]:
     return raw
 
 
-def _candidates(raw: Mapping[str, Any], source: Source, width: int) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Entries that may hold the width: those equal to it first, then those left to their default."""
+def config_entries(raw: Mapping[str, Any], source: Source) -> Iterator[tuple[Entry, Any]]:
+    """Everything the configuration says, defaults too, and what it says one level below."""
     complete = source.config.to_dict()
-    flat: list[tuple[tuple[str, ...], Any]] = [((key,), value) for key, value in complete.items()]
-    flat += [
-        ((key, inner), value)
-        for key, nested in complete.items()
-        if isinstance(nested, dict) and isinstance(raw.get(key), dict)
-        for inner, value in nested.items()
-    ]
+    yield from (((key,), value) for key, value in complete.items())
+    for key, nested in complete.items():
+        if isinstance(nested, dict) and isinstance(raw.get(key), dict):
+            yield from (((key, inner), value) for inner, value in nested.items())
+
+
+def _candidates(raw: Mapping[str, Any], source: Source, width: int) -> Iterator[tuple[Entry, Any]]:
+    """Entries that may hold the width: those equal to it first, then those left to their default."""
+    flat = list(config_entries(raw, source))
     for path, value in flat:
         if (type(value) is int and value == width) or (
             isinstance(value, list) and set(map(str, value)) == {str(width)}
@@ -104,18 +110,24 @@ def _candidates(raw: Mapping[str, Any], source: Source, width: int) -> Iterator[
             yield path, value
 
 
-def _set(raw: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def set_entry(raw: dict[str, Any], path: Entry, value: Any) -> None:
     for key in path[:-1]:
         raw = raw[key]
     raw[path[-1]] = value
 
 
-def _shapes(source: Source, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+def build(source: Source, raw: Mapping[str, Any]) -> nn.Module | None:
+    """The skeleton that a configuration describes, None where there is none."""
     try:
-        config = type(source.config).from_dict(dict(raw))
-        model = skeleton(config, source.trust_remote_code)
+        return skeleton(type(source.config).from_dict(dict(raw)), source.trust_remote_code)
     except Exception as error:  # whatever an architecture does with a value it was not made for: not this entry
         logger.debug("config entry refused: %s", error)
+        return None
+
+
+def _shapes(source: Source, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    model = build(source, raw)
+    if model is None:
         return None
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
 

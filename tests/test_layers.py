@@ -23,6 +23,7 @@ from secateur.calibration.samples import Samples
 from secateur.network.depth import shortened_config
 from secateur.network.source import open_model
 from secateur.network.verify import CleanProcess, prompt
+from test_distributed import CALIBRATED, torchrun
 
 Make = Callable[..., Path]
 WORDS = torch.tensor([prompt(tiny.VOCABULARY)])
@@ -216,6 +217,17 @@ def test_lists_of_layers_follow(run: Callable, model: Make, tmp_path: Path) -> N
     assert config["mlp_only_layers"] == [0] and config["num_hidden_layers"] == 2
 
 
+def test_blocks_that_differ_by_their_number_are_not_moved() -> None:
+    """GPT-2 may scale attention by 1 / (number + 1): the second block would be another as the first."""
+    with torch.random.fork_rng(devices=[]):
+        config = tiny.ARCHITECTURES["gpt2"]()
+        config.scale_attn_by_inverse_layer_idx = True
+        source = open_model(AutoModelForCausalLM.from_config(config))
+    assert shortened_config(source, [0, 1])["n_layer"] == 2
+    with pytest.raises(secateur.RequestError, match=r"cannot say that of the 3 blocks of .* only 0, 2 are left"):
+        shortened_config(source, [0, 2])
+
+
 def test_a_list_that_only_happens_to_be_as_long_stays() -> None:
     module = tiny.make("gemma3")
     module.config.eos_token_id = [2, 5, 0]  # three, as there are blocks, and each could be the index of one
@@ -227,6 +239,8 @@ def test_a_list_that_only_happens_to_be_as_long_stays() -> None:
 def test_a_live_module(model: Make, run: Callable, tmp_path: Path) -> None:
     for name in ("llama", "gpt2", "gemma3", "mamba"):
         module = tiny.make(name)
+        if module.supports_gradient_checkpointing:  # a setting of the module that no configuration makes
+            module.gradient_checkpointing_enable()
         before = deepcopy(module.state_dict())
         cut = secateur.compress(module, "layer_drop", {"protect": [2]}).model
         assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
@@ -313,6 +327,24 @@ def test_finished_blocks_are_not_passed_again(
     assert passed == [0, 1, 2, 2]
 
 
+def test_two_processes_write_the_bytes_of_one(run: Callable, model: Make, ids: Path, tmp_path: Path) -> None:
+    """Three batches of tokens for two processes; what they see of each is added up in the same order by both."""
+    parameters = {"block_influence": {}, "layer_drop": {"metric": "perplexity"}}
+    calibration = {"data": str(ids), "samples": len(IDS), "held_out": 0, "length": 16}
+    runs = [
+        (str(model("llama")), {"steps": [{name: given}], "calibration": calibration}, str(tmp_path / name))
+        for name, given in parameters.items()
+    ]
+    (tmp_path / "program.py").write_text(CALIBRATED.format(runs=runs))
+    ended = torchrun(tmp_path / "program.py")
+    assert ended.returncode == 0, ended.stderr
+    for name, given in parameters.items():
+        alone = run(model("llama"), tmp_path / "alone" / name, name, given).receipt
+        assert outcome.promised(tmp_path / name) == outcome.promised(tmp_path / "alone" / name)
+        told = json.loads((tmp_path / name / "secateur.json").read_text())
+        assert told["decisions"] == alone["decisions"], "to the last bit of every score"
+
+
 @pytest.mark.parametrize("steps", [["layer_drop", "random_units"], ["random_units", "layer_drop"]])
 def test_other_steps_before_and_after(steps: list[str], model: Make, tmp_path: Path, clean: CleanProcess) -> None:
     parameters = {"layer_drop": {"protect": [2]}, "random_units": {"ratio": 0.2}}
@@ -347,5 +379,9 @@ def test_only_what_a_metric_needs_is_asked_for() -> None:
     assert not recipe.calibrated
     assert recipe.override(["metric=taylor"]).calibrated
     card = secateur.list_methods()["layer_drop"].card()
-    assert card["data"].startswith("none: weights only; calibration text (metric=influence)")
+    text, gradients = (
+        "calibration text (metric=influence or metric=perplexity)",
+        "calibration text, gradients (metric=taylor)",
+    )
+    assert set(card["data"].split("; ")) == {"none: weights only", text, gradients}
     assert card["needs"]["gradients"].endswith("(metric=taylor)")

@@ -221,17 +221,18 @@ class Method:
 
     @property
     def data(self) -> str:
-        asked = dict.fromkeys(
-            NEEDS[need].data + self._condition(name) for name, need in self.needs.items() if NEEDS[need].data
-        )
-        if asked and all(name in self.only for name, need in self.needs.items() if NEEDS[need].data):
-            return f"none: weights only; {'; '.join(asked)}"
+        said: dict[str, list[str]] = {}
+        for name, need in self.needs.items():
+            if NEEDS[need].data:
+                said.setdefault(NEEDS[need].data, []).append(self._condition(name))
+        asked = [f"{data} ({' or '.join(when)})" if all(when) else data for data, when in said.items()]
+        if said and all(all(when) for when in said.values()):
+            return "; ".join(["none: weights only", *asked])
         return ", ".join(asked) or "none: weights only"
 
     def _condition(self, name: str) -> str:
-        """Under which parameter something is asked for, in brackets; "" where always."""
-        said = " and ".join(f"{key}={value}" for key, value in self.only.get(name, {}).items())
-        return f" ({said})" if said else ""
+        """Under which parameters something is asked for; "" where always."""
+        return " and ".join(f"{key}={value}" for key, value in self.only.get(name, {}).items())
 
     def asked(self, parameters: Mapping[str, Any]) -> dict[str, type]:
         """What it asks for with these parameters; anything else is given as None."""
@@ -308,7 +309,10 @@ class Method:
             "decides": "learned" if self.learned else "criterion",
             "data": self.data,
             "scope": self.scope,
-            "needs": {name: NEEDS[need].what + self._condition(name) for name, need in self.needs.items()},
+            "needs": {
+                name: NEEDS[need].what + (f" ({when})" if (when := self._condition(name)) else "")
+                for name, need in self.needs.items()
+            },
             "parameters": {
                 name: {"default": properties[name].get("default"), "help": self.help.get(name, "")}
                 for name in properties

@@ -105,10 +105,9 @@ def shortened_config(source: Source, kept: Sequence[int]) -> dict[str, Any]:
     raw, count = raw_config(source), len(source.anatomy.blocks)
     if len(kept) == count:
         return raw
-    entries = list(config_entries(raw, source))
-    lists = [
-        (path, shorter) for path, value in entries if (shorter := _shorter_lists(source, raw, path, value, kept, count))
-    ]
+    ours, entries = _as_built(source, raw), list(config_entries(raw, source))
+    read = ((path, _shorter_lists(source, ours, raw, path, value, kept, count)) for path, value in entries)
+    lists = [(path, shorter) for path, shorter in read if shorter]
     counts = [path for path, value in entries if type(value) is int and value == count]
     bounds = [(path, value) for path, value in entries if type(value) is int and 0 < value <= count]
 
@@ -127,7 +126,7 @@ def shortened_config(source: Source, kept: Sequence[int]) -> dict[str, Any]:
 
     for extra in (None, *bounds):
         for changed in tried(extra):
-            if _holds(source, changed, kept):
+            if _holds(source, ours, changed, kept):
                 return changed
     raise RequestError(
         f"the configuration of {type(source.skeleton).__name__} cannot say that of the {count} blocks of {source.spec} "
@@ -136,7 +135,7 @@ def shortened_config(source: Source, kept: Sequence[int]) -> dict[str, Any]:
 
 
 def _shorter_lists(
-    source: Source, raw: Mapping[str, Any], path: Entry, value: Any, kept: Sequence[int], count: int
+    source: Source, ours: nn.Module, raw: dict[str, Any], path: Entry, value: Any, kept: Sequence[int], count: int
 ) -> list[list[Any]]:
     """What a list in the configuration may become, [] where it says nothing of single blocks."""
     if not isinstance(value, list) or not value:
@@ -151,33 +150,33 @@ def _shorter_lists(
         trials.append([])
 
     def matters(trial: list[Any]) -> bool:
-        changed = deepcopy(dict(raw))
+        changed = deepcopy(raw)
         set_entry(changed, path, trial)
-        return not _holds(source, changed, range(count))
+        return not _holds(source, ours, changed, range(count))
 
     return readings if any(matters(trial) for trial in trials) else []
 
 
-def _holds(source: Source, raw: Mapping[str, Any], kept: Sequence[int]) -> bool:
-    """Whether a configuration builds the blocks `kept` as they are in the source, and the rest of it."""
-    model = build(source, raw)
-    if model is None:
-        return False
-    path = _list_path(source.anatomy)
-    try:
-        ours, theirs = (each.get_submodule(path) for each in (source.skeleton, model))
-    except AttributeError:
-        return False
-    if not isinstance(theirs, nn.ModuleList) or len(theirs) != len(kept):
-        return False
-    if _shapes(source.skeleton, path) != _shapes(model, path):
-        return False
-    return all(_alike(ours[old], old, theirs[new], new) for new, old in enumerate(kept))  # type: ignore[index]
+def _as_built(source: Source, raw: Mapping[str, Any]) -> nn.Module:
+    """The source's skeleton; for a live module, whose settings may have been changed, what its configuration builds."""
+    built = build(source, raw) if source.live is not None else None
+    return built if built is not None and _shapes(built) == _shapes(source.skeleton) else source.skeleton
 
 
-def _shapes(model: nn.Module, without: str) -> dict[str, tuple[int, ...]]:
+def _holds(source: Source, ours: nn.Module, raw: Mapping[str, Any], kept: Sequence[int]) -> bool:
+    """Whether a configuration builds the blocks `kept` as they are in `ours`, and the rest of it."""
+    theirs, path = build(source, raw), _list_path(source.anatomy)
+    if theirs is None or path not in dict(theirs.named_modules()):
+        return False
+    blocks, built = (list(each.get_submodule(path).children()) for each in (ours, theirs))
+    if len(built) != len(kept) or _shapes(ours, path) != _shapes(theirs, path):
+        return False
+    return all(_alike(blocks[old], old, built[new], new) for new, old in enumerate(kept))
+
+
+def _shapes(model: nn.Module, without: str = "") -> dict[str, tuple[int, ...]]:
     named = model.named_parameters(remove_duplicate=False)
-    return {name: tuple(p.shape) for name, p in named if not name.startswith(without + ".")}
+    return {name: tuple(p.shape) for name, p in named if not name.startswith(f"{without}.")}
 
 
 def _alike(one: nn.Module, index: int, other: nn.Module, number: int) -> bool:

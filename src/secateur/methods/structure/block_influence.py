@@ -11,7 +11,7 @@ from secateur.registry import Blocks, Flow, Kept, method
     "block_influence",
     kind="structure",
     paper="arXiv:2403.03853",
-    claim="a quarter of LLaMA-2's layers can go with most of its accuracy kept",
+    claim="removing layers alone significantly outperforms earlier pruning of large language models",
     when="after training",
     speedup="universal",
 )

@@ -44,9 +44,10 @@ def layer_drop(
     """Removes whole blocks by one of the plain metrics of "Reassessing Layer Pruning", all at once.
 
     Args:
-        metric: reverse removes the last blocks; random any; magnitude those with the smallest Σ|w|^p; influence those
-            with the smallest 1 − cosine(x, y); taylor those with the smallest Σ|Σ over sequences of w · gradient|;
-            perplexity those without which the loss is lowest.
+        metric: reverse removes the last blocks; random any; magnitude those with the smallest sum of absolute weights to
+            the power p; influence those with the smallest 1 − cosine(x, y) of what they read and write; taylor those with
+            the smallest sum over weights of abs(Σ over sequences of weight · gradient); perplexity those without which
+            the loss is lowest.
         p: the power of magnitude.
         vectors: whether magnitude and taylor count biases and scales of norms too.
         influence: token is the mean of the tokens' cosines; flat, as in the published code, is one cosine of all tokens

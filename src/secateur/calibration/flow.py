@@ -70,8 +70,8 @@ def flow_sums(before: Tensor, after: Tensor) -> list[float]:
 class FlowPass:
     """One pass of calibration tokens through the dense network, that goes on from the last block that is done.
 
-    What was seen of a batch is kept apart from that of others, and added up in the order of batches: how many processes
-    share them changes nothing.
+    What was seen of a batch is kept apart from that of others and all is added up without rounding: how many processes
+    share the batches changes nothing.
 
     Args:
         folder: for hidden states and what was seen.
@@ -184,7 +184,7 @@ class FlowPass:
         write_json(self._seen(index, *processes()), {str(batch): sums for batch, sums in seen.items()})
 
     def _gathered(self, index: int) -> list[list[float]]:
-        """What was seen there of every batch, by every process, in the order of batches."""
+        """What was seen there of every batch, by every process."""
         world = processes()[1]
         seen: dict[int, Any] = {}
         for rank in range(world):

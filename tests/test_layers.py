@@ -1,6 +1,7 @@
 """Whole blocks removed: what methods are told, what they choose, and what is left of a model."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, OPTConfig
@@ -20,6 +22,7 @@ import tiny
 from secateur import forecast
 from secateur.calibration.flow import FlowPass
 from secateur.calibration.samples import Samples
+from secateur.network import depth
 from secateur.network.depth import shortened_config
 from secateur.network.source import open_model
 from secateur.network.verify import CleanProcess, prompt
@@ -217,6 +220,20 @@ def test_lists_of_layers_follow(run: Callable, model: Make, tmp_path: Path) -> N
     assert config["mlp_only_layers"] == [0] and config["num_hidden_layers"] == 2
 
 
+def test_names_of_older_files_and_buffers_follow(run: Callable, model: Make, tmp_path: Path) -> None:
+    """Files of GPT-2 may lack the model's prefix and hold masks, which are no parameters."""
+    source = tmp_path / "source"
+    shutil.copytree(model("gpt2"), source)
+    tensors = load_file(source / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor.bfloat16() for name, tensor in tensors.items()}
+    old |= {f"h.{index}.attn.bias": torch.full((2,), index) for index in range(tiny.BLOCKS)}
+    save_file(old, source / "model.safetensors", {"format": "pt"})
+    assert removed(run(source, tmp_path / "out", "layer_drop", {"protect": [2]}, shard_bytes=10**9)) == [1]
+    written = {name: t for path in (tmp_path / "out").glob("*.safetensors") for name, t in load_file(path).items()}
+    moved = {name.replace("h.2.", "h.1."): tensor for name, tensor in old.items() if not name.startswith("h.1.")}
+    assert set(written) == set(moved) and all(torch.equal(written[name], moved[name]) for name in moved)
+
+
 def test_blocks_that_differ_by_their_number_are_not_moved() -> None:
     """GPT-2 may scale attention by 1 / (number + 1): the second block would be another as the first."""
     with torch.random.fork_rng(devices=[]):
@@ -226,6 +243,16 @@ def test_blocks_that_differ_by_their_number_are_not_moved() -> None:
     assert shortened_config(source, [0, 1])["n_layer"] == 2
     with pytest.raises(secateur.RequestError, match=r"cannot say that of the 3 blocks of .* only 0, 2 are left"):
         shortened_config(source, [0, 2])
+
+
+@pytest.mark.parametrize(("window", "alike"), [(8, True), (4, False)])
+def test_a_number_that_is_not_the_index_is_a_setting(window: int, alike: bool) -> None:
+    def block(index: int, window: int) -> nn.Module:
+        made = nn.Linear(2, 2)
+        made.number, made.window = index, window
+        return made
+
+    assert depth._alike(block(2, 8), 2, block(1, window), 1) == alike
 
 
 def test_a_list_that_only_happens_to_be_as_long_stays() -> None:

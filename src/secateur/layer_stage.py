@@ -143,7 +143,10 @@ class LayerStage(Stage):
         if not self.step.calibrated:
             return found
         drawn = self._context("samples").generator("samples")
-        samples = kept_samples(self.source, self.calibration, self.state, drawn, self.seed, self.progress)
+        wishes = self.calibration
+        if wishes.held_out is None:  # nothing is solved on the tokens, so there is no error to see on others
+            wishes = wishes.model_copy(update={"held_out": 0})
+        samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress)
         context.note("calibration", samples.describe())
         if BlockGradients in self.asked:
             path = self.state / "gradients.json"

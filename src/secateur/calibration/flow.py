@@ -149,13 +149,10 @@ class FlowPass:
         module = self._tokens.module(index)
         onward = self._losses or index + 1 < self._count
 
-        def names() -> tuple[str, ...]:
-            return self._source.anatomy.blocks[index].parameters
-
         def fetch(name: str) -> Tensor:
             return self._source.parameter(name).to(self._device, self._dtype)
 
-        with loaded(self._source.skeleton, names(), fetch):
+        with loaded(self._source.skeleton, self._source.anatomy.blocks[index].parameters, fetch):
             for lacking in range(index) if self._losses else ():
                 self._without(lacking).run(index, write=True)
             if self._losses:

@@ -25,8 +25,9 @@ REFUSED = ("bloom", *MIXTURES, "mamba")
 NO_HEADS = (
     "llama_mqa", "llama_mha", "opt", "gpt2", "gpt_neox", "gpt_neox_sequential", "gptj", "falcon", "falcon_new", "bloom", "olmoe", "mamba",
 )  # fmt: skip
-# Small enough for seconds, large enough that a kill finds a method half way.
-QUICK = {"prunenet": {"episodes": 3}}
+# Small enough for seconds, large enough that a kill finds a method half way;
+# the metric whose engine has most to go on with.
+QUICK = {"prunenet": {"episodes": 3}, "layer_drop": {"metric": "perplexity"}}
 WIDTH = 128  # of 160, at ratio 0.2, a multiple of 32
 SPARSITY = 0.37  # no whole number of weights in any row
 
@@ -38,6 +39,11 @@ def _cases() -> list:
         for name in tiny.ARCHITECTURES
         if not _cuts(method.name) or _axes(method.name, name)
     ]
+
+
+def _drops(method: str) -> bool:
+    """Whether it removes whole blocks."""
+    return methods()[method].scope == "blocks"
 
 
 def _cuts(method: str) -> bool:
@@ -56,7 +62,7 @@ SPARED = {"dense_refit": {"targets": ["attention"]}}
 
 
 def _recipe(method: str, name: str, ids: Path) -> secateur.Recipe:
-    parameters: dict = {"ratio": 0.2} if _cuts(method) else {"pattern": SPARSITY}
+    parameters: dict = {"ratio": 0.2} if _cuts(method) or _drops(method) else {"pattern": SPARSITY}
     if methods()[method].scope == "units":
         parameters["axis"] = _axes(method, name)
     spared = SPARED.get(method, {}) if name in MIXTURES else {}
@@ -102,6 +108,24 @@ def _attention(block: Block) -> set[str]:
     return names | (biases & set(block.parameters))
 
 
+def _check_dropped(output: Path, source: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
+    decided = json.loads((output / "secateur.json").read_text())["decisions"][0]["blocks"]
+    kept, removed = decided["kept"], decided["removed"]
+    assert len(removed) == 1 and sorted(kept + removed) == list(range(tiny.BLOCKS))
+    paths = [block.path for block in secateur.network.source.open_model(source).anatomy.blocks]
+    before, after = dict(dense.named_parameters()), dict(result.named_parameters())
+    inside = tuple(path + "." for path in paths)
+    assert {n for n in before if not n.startswith(inside)} == {n for n in after if not n.startswith(inside)}
+    for name, parameter in after.items():
+        old = next(
+            (name.replace(f"{paths[i]}.", f"{paths[k]}.") for i, k in enumerate(kept) if f"{paths[i]}." in name), name
+        )
+        assert torch.equal(parameter, before[old]), f"{name} is {old} of the source"
+    words = torch.tensor([prompt(tiny.VOCABULARY)])
+    with torch.no_grad(), outcome.skipped(dense, [paths[index] for index in removed]):
+        torch.testing.assert_close(result(words).logits, dense(words).logits, atol=1e-4, rtol=1e-4)
+
+
 def _check_zeros(output: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
     masks = secateur.read_masks(output)
     removed, of = sum(int((~mask).sum()) for mask in masks.values()), sum(mask.numel() for mask in masks.values())
@@ -137,7 +161,9 @@ def test_every_method_on_every_architecture(
     run(first)
     dense = AutoModelForCausalLM.from_pretrained(source)
     result = AutoModelForCausalLM.from_pretrained(first)
-    if _cuts(method):
+    if _drops(method):
+        _check_dropped(first, source, dense, result)
+    elif _cuts(method):
         _check_cut(source, recipe.steps[0].parameters.get("axis", ["neurons"]), dense, result)
     else:
         _check_zeros(first, dense, result)
@@ -148,6 +174,11 @@ def test_every_method_on_every_architecture(
     torch.testing.assert_close(clean.logits(first, words), here, atol=1e-5, rtol=1e-5)
     tokens = result.generate(torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] > len(words[0]), "the result generates"
+    if _drops(method):  # the cache is addressed by the numbers of blocks
+        without = result.generate(
+            torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False
+        )
+        assert torch.equal(tokens, without), "and with a cache as without"
 
     run(second)
     assert outcome.promised(first) == outcome.promised(second), "one seed, one result"

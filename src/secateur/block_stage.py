@@ -4,7 +4,6 @@ A block: parameters one by one into the modules → tokens through, inputs summe
 tokens through again → what was decided to files → journal. Without calibration only the middle is left.
 """
 
-import json
 import shutil
 import time
 from abc import abstractmethod
@@ -17,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.passes import Passes, Rows
-from secateur.calibration.samples import LENGTH, Calibration, Samples, collect_samples
+from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
 from secateur.calibration.statistics import UNSEEN, Statistics
 from secateur.context import Context, barrier, give_back_memory, processes
 from secateur.errors import RequestError, RunError
-from secateur.files import read_tensors, write_json, write_tensors
+from secateur.files import read_tensors, write_tensors
 from secateur.network.anatomy import Block
 from secateur.network.matrices import MatrixRef
 from secateur.network.store import stored_dtype
@@ -244,17 +243,8 @@ class BlockStage(Stage):
         return Passes(self.source, samples, self.calibration, kinds, self.refs, self.state, self.device, skip)
 
     def _samples(self) -> Samples:
-        """The calibration tokens: collected by the first process once, then read from the state."""
-        path, name = self.state / "samples.safetensors", self.state / "samples.json"
-        if processes()[0] == 0 and not name.exists():
-            context = self._context("samples")
-            samples = collect_samples(
-                self.source, self.calibration, context.generator("samples"), self.seed, progress=self.progress
-            )
-            write_tensors(path, samples.tensors())
-            write_json(name, samples.name)
-        barrier()
-        return Samples.from_tensors(read_tensors(path)[0], json.loads(name.read_text()))
+        drawn = self._context("samples").generator("samples")
+        return kept_samples(self.source, self.calibration, self.state, drawn, self.seed, self.progress)
 
     def _forget(self, block: int) -> None:
         if self._passes is not None:

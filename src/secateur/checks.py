@@ -1,8 +1,9 @@
 """What can be refused before anything is read or written: whether these steps can be done to this model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from secateur.errors import RequestError
+from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.source import Source
 from secateur.network.store import resized_config
 from secateur.recipe import Step
@@ -24,18 +25,44 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
             "could not be checked; save it as a whole language model (such as LlamaForCausalLM)."
         )
     sizes: Sizes = {}
+    count = len(network.blocks)
     for step in steps:
+        if step.registered.scope == "blocks":
+            count = _check_blocks(source, step, count)
+            # which blocks go is not known yet; mostly they are alike, and only how many are left matters here
+            sizes = {axis: {index: n for index, n in units.items() if index < count} for axis, units in sizes.items()}
+            continue
         if step.registered.scope == "weight":
             check_targets(source, step)
             continue
         present = present_sizes(source, step)
-        present = {axis: sizes.get(axis, units) for axis, units in present.items()}
+        present = {
+            axis: sizes.get(axis) or {index: n for index, n in units.items() if index < count}
+            for axis, units in present.items()
+        }
         planned = planned_sizes(source, step, present)
         sizes |= planned or {}
         if saved:
             # without a plan any narrower width shows whether the configuration can say it
             narrower: Sizes = {
-                axis: {index: max(1, count - 1) for index, count in units.items()} for axis, units in present.items()
+                axis: {index: max(1, units - 1) for index, units in widths.items()} for axis, widths in present.items()
             }
-            resized_config(source, {**sizes, **(planned or narrower)})
+            resized_config(
+                source, {axis: _for_all(source, units) for axis, units in (sizes | (planned or narrower)).items()}
+            )
     return sizes
+
+
+def _for_all(source: Source, units: Mapping[int, int]) -> dict[int, int]:
+    """What the last block has also for those behind it: an earlier step removes them, but they are still in this source."""
+    last = units[max(units)]
+    return {block.index: units.get(block.index, last) for block in source.anatomy.blocks}
+
+
+def _check_blocks(source: Source, step: Step, count: int) -> int:
+    """How many of `count` blocks a step leaves. Raises RequestError when it cannot remove blocks from this model."""
+    left = count - blocks_to_remove(step.method, step.parameters, count)
+    check_skippable(source, step.method)
+    # whichever go, the configuration must be able to say a smaller number
+    shortened_config(source, range(left))
+    return left

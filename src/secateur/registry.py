@@ -13,6 +13,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BeforeValidator, Field
 
+from secateur.calibration.flow import Flow, LossWithout
+from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.statistics import (
     INPUT_STATISTICS,
     CrossGram,
@@ -34,19 +37,25 @@ from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import Context
 from secateur.errors import RequestError, suggest
 from secateur.network.anatomy import AXES, Axis
+from secateur.network.blocks import Blocks, Kept
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Plan, Units, Update, Weight
 from secateur.tensor.patterns import Budget, Pattern
 
 __all__ = [
     "Allocation",
+    "BlockGradients",
+    "Blocks",
     "Budget",
     "Context",
     "CrossGram",
     "Cut",
+    "Flow",
     "GatedNorms",
     "Gradients",
     "Gram",
     "InputNorms",
+    "Kept",
+    "LossWithout",
     "Mask",
     "MaskFrom",
     "Matrices",
@@ -147,6 +156,12 @@ COMMON["matrices"] = {
     "apply": (MaskFrom, "magnitude", "the method that prunes with this allocation"),
 }
 
+COMMON["blocks"] = {
+    "ratio": (Ratio, 0.2, "fraction of the blocks removed, rounded half up to a whole number; one at least stays"),
+    "remove": (Annotated[int, Field(ge=0)] | None, None, "how many blocks are removed; counts before ratio"),
+    "protect": (list[int] | None, None, "indices of blocks that stay whatever their score, from 0; default none"),
+}
+
 Kind = Literal[
     "structure", "weights", "factors", "quantization", "allocation", "training", "recovery", "inference", "communication",
     "data", "analysis",
@@ -160,7 +175,7 @@ class Need:
     beside: other types, without one of which it may not be asked for; that one says of what this one is.
     """
 
-    scope: Literal["network", "units", "weight", "matrices", "any"]
+    scope: Literal["network", "units", "weight", "matrices", "blocks", "any"]
     returns: tuple[type, ...]
     what: str
     data: str = ""
@@ -175,6 +190,16 @@ NEEDS: dict[type, Need] = {
     Units: Need("units", (Cut,), "the units of one kind in one block"),
     Weight: Need("weight", (Mask, Update), "one matrix"),
     Matrices: Need("matrices", (Allocation,), "every matrix that is to be pruned, read lazily"),
+    Blocks: Need("blocks", (Kept,), "the blocks in order, each read lazily, and how many of them are to go"),
+    Flow: Need("any", (), "how much each block changes the hidden states", _TEXT, beside=(Blocks,)),
+    LossWithout: Need("any", (), "the loss without each block", _TEXT, beside=(Blocks,)),
+    BlockGradients: Need(
+        "any",
+        (),
+        "how much the loss reacts to each block's weights (the whole model in memory)",
+        f"{_TEXT}, gradients",
+        beside=(Blocks,),
+    ),
     Budget: Need("any", (), "how many weights the matrix loses, in which pattern", beside=(Weight,)),
     InputNorms: Need("any", (), "mean square of each input of the matrix", _TEXT, beside=_READERS),
     GatedNorms: Need("any", (), "the same, each token counted by its expert's gate", _TEXT, beside=(Weight,)),
@@ -213,17 +238,36 @@ class Method:
     needs: dict[str, type]
     schema: type[pydantic.BaseModel]
     help: dict[str, str] = field(default_factory=dict)
+    only: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def scope(self) -> str:
-        """Called once for the whole network or all matrices, or once for the units of each block or for each matrix."""
+        """Called once for the whole network, all matrices or all blocks, or for the units of each block or each matrix."""
         scopes = {NEEDS[need].scope for need in self.needs.values()} - {"any"}
         return scopes.pop()
 
     @property
     def data(self) -> str:
-        asked = dict.fromkeys(NEEDS[need].data for need in self.needs.values() if NEEDS[need].data)
+        said: dict[str, list[str]] = {}
+        for name, need in self.needs.items():
+            if NEEDS[need].data:
+                said.setdefault(NEEDS[need].data, []).append(self._condition(name))
+        asked = [f"{data} ({' or '.join(when)})" if all(when) else data for data, when in said.items()]
+        if said and all(all(when) for when in said.values()):
+            return "; ".join(["none: weights only", *asked])
         return ", ".join(asked) or "none: weights only"
+
+    def _condition(self, name: str) -> str:
+        """Under which parameters something is asked for; "" where always."""
+        return " and ".join(f"{key}={value}" for key, value in self.only.get(name, {}).items())
+
+    def asked(self, parameters: Mapping[str, Any]) -> dict[str, type]:
+        """What it asks for with these parameters; anything else is given as None."""
+        return {
+            name: need
+            for name, need in self.needs.items()
+            if all(parameters[key] == value for key, value in self.only.get(name, {}).items())
+        }
 
     @property
     def statistics(self) -> set[type]:
@@ -297,7 +341,10 @@ class Method:
             "data": self.data,
             "scope": self.scope,
             "cuts": ", ".join(self.axes) if self.scope in ("units", "network") else "",
-            "needs": {name: NEEDS[need].what for name, need in self.needs.items()},
+            "needs": {
+                name: NEEDS[need].what + (f" ({when})" if (when := self._condition(name)) else "")
+                for name, need in self.needs.items()
+            },
             "parameters": {
                 name: {"default": properties[name].get("default"), "help": self.help.get(name, "")}
                 for name in properties
@@ -318,6 +365,7 @@ def method(
     speedup: Literal["universal", "specific", "none"],
     learned: bool = False,
     axes: tuple[Axis, ...] = AXES,
+    only: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as a method. A signature that breaks the contract is a TypeError at import.
 
@@ -328,6 +376,8 @@ def method(
         speedup: universal (dense, smaller matrices), specific (needs hardware or kernels), none.
         learned: units are chosen by something trained, not by a fixed criterion.
         axes: the units that it can cut, for a method that cuts some.
+        only: what is asked for under some parameters alone, {asked for: {parameter: value}}; it is None otherwise, and its
+            type says so.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -338,8 +388,11 @@ def method(
         hints = typing.get_type_hints(function, include_extras=True)
         needs: dict[str, type] = {}
         fields: dict[str, Any] = {}
+        conditions = only or {}
         for parameter in inspect.signature(function).parameters.values():
             hint = hints.get(parameter.name)
+            if parameter.name in conditions and isinstance(hint, types.UnionType):
+                hint = next(each for each in typing.get_args(hint) if each is not types.NoneType)
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 if parameter.default is inspect.Parameter.empty or hint is None:
                     raise TypeError(
@@ -350,6 +403,10 @@ def method(
                 needs[parameter.name] = hint
             else:
                 raise TypeError(f"{name}: '{parameter.name}' asks for {hint}, which no engine provides")
+        if unknown := set(conditions) - set(needs) | {key for when in conditions.values() for key in when} - set(
+            fields
+        ):
+            raise TypeError(f"{name}: only={conditions} names {sorted(unknown)}, which the signature does not hold")
         scopes = {NEEDS[need].scope: NEEDS[need].returns for need in needs.values() if NEEDS[need].scope != "any"}
         if len(scopes) != 1 or hints.get("return") not in next(iter(scopes.values())):
             raise TypeError(f"{name}: must ask for one scope and return what that scope returns, found {scopes}")
@@ -377,7 +434,7 @@ def method(
             raise TypeError(f"{name}: the docstring says nothing of {sorted(missing)}")
         _registry[name] = Method(
             name, kind, paper, claim, when, speedup, learned, axes, function, needs, schema,
-            {key: common[key][2] if key in common else help_texts[key] for key in fields},
+            {key: common[key][2] if key in common else help_texts[key] for key in fields}, conditions,
         )  # fmt: skip
         return function
 

@@ -53,13 +53,16 @@ def measure(
 
 
 def summary(receipt: Mapping[str, Any]) -> list[str]:
-    """One line per step: how many units are left, of how many, or how many weights are zero."""
+    """One line per step: how many units are left, of how many, how many weights are zero, or which blocks are gone."""
     lines = []
     for decision in receipt["decisions"]:
         if matrices := decision.get("matrices"):
             removed, of = (sum(entry[key] for entry in matrices.values()) for key in ("removed", "of"))
             lines.append(f"{decision['method']}: {removed:,} of {of:,} weights ({removed / of:.2%}) are zero")
             lines[-1] += f", in {len(matrices)} matrices"
+            continue
+        if blocks := decision.get("blocks"):
+            lines.append(_blocks_line(decision["method"], blocks))
             continue
         for axis, units in decision["units"].items():
             kept, of = (sum(unit[key] for unit in units.values()) for key in ("kept", "of"))
@@ -72,6 +75,19 @@ def summary(receipt: Mapping[str, Any]) -> list[str]:
         if not decision["units"]:
             lines.append(f"{decision['method']}: nothing was cut")
     return lines
+
+
+def _blocks_line(method: str, blocks: Mapping[str, Any]) -> str:
+    """Which blocks were removed, and by what scores."""
+    removed, scores = blocks["removed"], blocks["scores"]
+    said = f"{method}: {len(removed)} of {blocks['of']} blocks removed ({len(removed) / blocks['of']:.1%})"
+    if removed:
+        said += f": {', '.join(map(str, removed))}"
+    for what, indices in (("removed", removed), ("kept", blocks["kept"])):
+        found = [scores[str(index)] for index in indices if str(index) in scores]
+        if found:
+            said += f"; scores of those {what} {min(found):.4g} to {max(found):.4g}"
+    return said
 
 
 def show(receipt: Mapping[str, Any], output: Path, console: Console) -> None:

@@ -21,6 +21,7 @@ from secateur.checks import check_steps
 from secateur.context import Progress, barrier, process_group, processes, silent
 from secateur.errors import RequestError, RunError
 from secateur.files import sha256, write_json, write_text
+from secateur.layer_stage import LayerStage
 from secateur.network.clean_load import peak
 from secateur.network.source import Source, check_device, open_model
 from secateur.network.store import check_output
@@ -369,7 +370,9 @@ def _in_memory(module: nn.Module, recipe: Recipe, device: str, progress: Progres
 def make_stage(recipe: Recipe, index: int, source: Source, target: Path, state: Path, **options: Any) -> Stage:
     """The stage that does step `index` of a recipe; which kind follows from what its method asks for."""
     step = recipe.steps[index]
+    kind: type[WeightStage] | type[LayerStage] | type[UnitStage] = UnitStage
     if step.registered.scope == "network":
         return PlanStage(source, step, index, recipe.seed, target, state, **options)
-    kind = WeightStage if step.registered.scope == "weight" else UnitStage
+    if step.registered.scope in ("weight", "blocks"):
+        kind = WeightStage if step.registered.scope == "weight" else LayerStage
     return kind(source, step, index, recipe.seed, target, state, **options, calibration=recipe.calibration)

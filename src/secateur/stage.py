@@ -64,7 +64,7 @@ class Stage(ABC):
         """Writes the result to `target`; what is finished already is not done again."""
         journal = Journal(self.state)
         self._prepare()
-        work = pieces(self.source, self.shard_bytes)
+        work = self._pieces()
         done = {entry["shard"] for entry in journal.entries() if (self.target / entry.get("shard", "")).is_file()}
         mine = [piece for piece in work if self._is_mine(piece)]
         with self.progress("writing", len(mine)) as bar:
@@ -111,6 +111,10 @@ class Stage(ABC):
         """Reads a piece, changes its blocks, writes its shard; says what the journal is to hold, None where another
         process wrote it.
         """
+
+    def _pieces(self) -> list[Piece]:
+        """What is read, changed and written together, in order."""
+        return pieces(self.source, self.shard_bytes)
 
     def _is_mine(self, piece: Piece) -> bool:
         """Whether this process works on a piece: they are shared out."""

@@ -16,9 +16,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from secateur.context import Progress, silent
+from secateur.context import Progress, barrier, processes, silent
 from secateur.errors import RequestError
 from secateur.evaluation.text import read_text, self_written, tokenize
+from secateur.files import read_json, read_tensors, write_json, write_tensors
 from secateur.network.checkpoint import line
 from secateur.network.source import Source, load, tokenizer
 
@@ -174,6 +175,19 @@ def collect_samples(
             )
     by_length = sorted(windows[: wanted.count], key=len), sorted(windows[wanted.count : total], key=len)
     return Samples(*by_length, name)
+
+
+def kept_samples(
+    source: Source, wanted: Calibration, state: Path, generator: torch.Generator, seed: int, progress: Progress = silent
+) -> Samples:
+    """As `collect_samples`: collected by the first process once, then read from the folder `state`."""
+    path, name = state / "samples.safetensors", state / "samples.json"
+    if processes()[0] == 0 and not name.exists():
+        samples = collect_samples(source, wanted, generator, seed, progress)
+        write_tensors(path, samples.tensors())
+        write_json(name, samples.name)
+    barrier()
+    return Samples.from_tensors(read_tensors(path)[0], read_json(name))
 
 
 def _own(source: Source, count: int, length: int, seed: int, progress: Progress) -> list[Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from secateur.errors import RequestError
@@ -18,6 +19,9 @@ from secateur.network.anatomy import AXES, Axis
 from secateur.network.source import Source, skeleton
 
 logger = logging.getLogger(__name__)
+
+Entry = tuple[str, ...]
+"""Where something stands in a configuration: the keys from the outside in."""
 
 # Weights in any form, what describes them, and what is written anew.
 _NOT_COPIED = (
@@ -108,7 +112,7 @@ def _widths(
     values = list(new.values())
     for path, value in _candidates(raw, source, next(iter(old.values()))):
         changed = deepcopy(dict(raw))
-        _set(changed, path, values[0] if len(set(values)) == 1 and not isinstance(value, list) else values)
+        set_entry(changed, path, values[0] if len(set(values)) == 1 and not isinstance(value, list) else values)
         yield changed
 
 
@@ -146,16 +150,18 @@ def raw_config(source: Source) -> dict[str, Any]:
     return raw
 
 
-def _candidates(raw: Mapping[str, Any], source: Source, width: int) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Entries that may hold the width: those equal to it first, then those left to their default."""
+def config_entries(raw: Mapping[str, Any], source: Source) -> Iterator[tuple[Entry, Any]]:
+    """Everything the configuration says, defaults too, and what it says one level below."""
     complete = source.config.to_dict()
-    flat: list[tuple[tuple[str, ...], Any]] = [((key,), value) for key, value in complete.items()]
-    flat += [
-        ((key, inner), value)
-        for key, nested in complete.items()
-        if isinstance(nested, dict) and isinstance(raw.get(key), dict)
-        for inner, value in nested.items()
-    ]
+    yield from (((key,), value) for key, value in complete.items())
+    for key, nested in complete.items():
+        if isinstance(nested, dict) and isinstance(raw.get(key), dict):
+            yield from (((key, inner), value) for inner, value in nested.items())
+
+
+def _candidates(raw: Mapping[str, Any], source: Source, width: int) -> Iterator[tuple[Entry, Any]]:
+    """Entries that may hold the width: those equal to it first, then those left to their default."""
+    flat = list(config_entries(raw, source))
     for path, value in flat:
         if (type(value) is int and value == width) or (
             isinstance(value, list) and set(map(str, value)) == {str(width)}
@@ -166,23 +172,29 @@ def _candidates(raw: Mapping[str, Any], source: Source, width: int) -> Iterator[
             yield path, value
 
 
-def _set(raw: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def set_entry(raw: dict[str, Any], path: Entry, value: Any) -> None:
     for key in path[:-1]:
         raw = raw[key]
     raw[path[-1]] = value
 
 
-def _shapes(source: Source, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+def build(source: Source, raw: Mapping[str, Any]) -> nn.Module | None:
+    """The skeleton that a configuration describes, None where there is none."""
     said = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # what it thinks of a value that is only tried
     try:
-        config = type(source.config).from_dict(dict(raw))
-        model = skeleton(config, source.trust_remote_code)
+        return skeleton(type(source.config).from_dict(dict(raw)), source.trust_remote_code)
     except Exception as error:  # whatever an architecture does with a value it was not made for: not this entry
         logger.debug("config entry refused: %s", error)
         return None
     finally:
         transformers_logging.set_verbosity(said)
+
+
+def _shapes(source: Source, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    model = build(source, raw)
+    if model is None:
+        return None
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 

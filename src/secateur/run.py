@@ -328,6 +328,8 @@ class Run:
             "versions": {name: version(name) for name in ("secateur", "torch", "transformers", "safetensors")}
             | {"python": platform.python_version()},
         }  # fmt: skip
+        if code := sorted(stages[-1].code()):
+            receipt["code"] = code
         if any(stage.step.registered.caution for stage in stages):
             receipt["stored"] = _stored(source, self.output)
         receipt["card"] = measure(

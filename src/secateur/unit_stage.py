@@ -41,7 +41,9 @@ class UnitStage(Stage):
         cuts = self.cuts_in_memory()
         try:
             # so that a module whose widths its configuration can say may be saved
-            for key, value in resized_config(self.source, {b: len(cut.kept) for b, cut in cuts.items()}).items():
+            for key, value in resized_config(
+                self.source, {b: len(c.kept) for b, c in cuts.items()}, plain=True
+            ).items():
                 if getattr(self.source.config, key, value) != value:
                     setattr(self.source.config, key, value)
         except RequestError as error:

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 
 from secateur.errors import RequestError
 from secateur.files import atomic, write_json
+from secateur.network.heterogeneous import BlockShape, heterogeneous_config
+from secateur.network.modelling_file import FILE, is_heterogeneous, model_files, plain_config
 from secateur.network.source import Source, skeleton
 
 logger = logging.getLogger(__name__)
@@ -39,13 +41,16 @@ def stored_dtype(source: Source, wanted: torch.dtype | None, stored: torch.dtype
     return wanted or stored
 
 
-def resized_config(source: Source, widths: Mapping[int, int]) -> dict[str, Any]:
+def resized_config(source: Source, widths: Mapping[int, int], plain: bool = False) -> dict[str, Any]:
     """The source's configuration with feed-forward widths that say `widths` (units kept, by block index).
 
     Which entry holds the width is not known by name: every entry with the right value is tried, and the one is taken
-    with which the architecture builds exactly the shapes that are wanted and changes no other.
+    with which the architecture builds exactly the shapes that are wanted and changes no other. Where none does, because
+    widths differ, the configuration says them block by block and the model brings a file of code (`model_code`).
 
-    Raises RequestError when no entry does.
+    plain: only a configuration that needs no code.
+
+    Raises RequestError when the configuration cannot say the widths.
     """
     raw = raw_config(source)
     blocks = source.anatomy.blocks
@@ -56,12 +61,15 @@ def resized_config(source: Source, widths: Mapping[int, int]) -> dict[str, Any]:
     wanted = _wanted_shapes(source, new)
     uniform = len(set(new.values())) == 1
     values = list(new.values())
-    for path, value in _candidates(raw, source, next(iter(old.values()))):
+    common = plain_config(raw)
+    for path, value in _candidates(common, source, {*old.values()}, _overridden(raw)):
         for setting in [values[0]] if uniform and not isinstance(value, list) else [values]:
-            changed = deepcopy(raw)
+            changed = deepcopy(common)
             _set(changed, path, setting)
             if _shapes(source, changed) == wanted:
                 return changed
+    if not plain and not (uniform and common == raw):
+        return heterogeneous_config(source, raw, {index: BlockShape(units=width) for index, width in new.items()})
     if uniform:
         raise RequestError(
             f"the configuration of {type(source.skeleton).__name__} has no entry that sets its feed-forward width, so a "
@@ -69,8 +77,7 @@ def resized_config(source: Source, widths: Mapping[int, int]) -> dict[str, Any]:
         )
     raise RequestError(
         f"the widths planned for {source.spec} differ between its layers ({min(values)} to {max(values)} neurons), and the "
-        f"configuration of {type(source.skeleton).__name__} can only say one width for all; plan one ratio for every "
-        "layer, or cut a live model in Python."
+        f"configuration of {type(source.skeleton).__name__} can only say one width for all."
     )
 
 
@@ -84,8 +91,25 @@ def raw_config(source: Source) -> dict[str, Any]:
     return raw
 
 
-def _candidates(raw: Mapping[str, Any], source: Source, width: int) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Entries that may hold the width: those equal to it first, then those left to their default."""
+def model_code(source: Source, raw: Mapping[str, Any]) -> dict[str, str]:
+    """The code that goes beside a config.json made from the source's, by file name; none for an ordinary model."""
+    return model_files(raw, type(source.config))
+
+
+def _overridden(raw: Mapping[str, Any]) -> set[str]:
+    """Entries that blocks have of their own."""
+    return (
+        {name for own in raw.get("per_layer_config", {}).values() for name in own} if is_heterogeneous(raw) else set()
+    )
+
+
+def _candidates(
+    raw: Mapping[str, Any], source: Source, widths: Set[int], overridden: Set[str]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Entries that may hold the width: those equal to one of `widths` first, then those left to their default.
+
+    overridden: entries that blocks have of their own, whose common value may be anything.
+    """
     complete = source.config.to_dict()
     flat: list[tuple[tuple[str, ...], Any]] = [((key,), value) for key, value in complete.items()]
     flat += [
@@ -95,9 +119,8 @@ def _candidates(raw: Mapping[str, Any], source: Source, width: int) -> Iterator[
         for inner, value in nested.items()
     ]
     for path, value in flat:
-        if (type(value) is int and value == width) or (
-            isinstance(value, list) and set(map(str, value)) == {str(width)}
-        ):
+        alike = isinstance(value, list) and set(map(str, value)) <= set(map(str, widths)) and len(value) > 0
+        if (type(value) is int and (value in widths or path[0] in overridden)) or alike:
             yield path, value
     for path, value in flat:
         if value is None:
@@ -151,7 +174,8 @@ def companions(source: Source) -> list[Path]:
     """Tokenizer, generation config, licence and other small files; a model's own code only where it may run."""
     found = []
     for path in sorted(source.directory.iterdir()) if source.directory else ():
-        code = path.suffix == ".py" and source.trust_remote_code
+        # the file of a heterogeneous model is written anew, for as long as it needs one
+        code = path.suffix == ".py" and source.trust_remote_code and path.name != FILE
         copied = (
             not path.name.endswith(_NOT_COPIED)
             and not path.name.startswith(_ADAPTER)

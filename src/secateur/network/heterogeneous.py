@@ -117,10 +117,11 @@ def _target(source: "Source", plain: Frame, block: Block, wish: BlockShape) -> B
     gone = {part for part in (ATTENTION, FEED_FORWARD) if not _has(plain, block, part, left)}
     skip = tuple(sorted(gone | set(wish.skip)))
     numbers: dict[str, int | None] = {}
+    inner, attention = now.feed_forward, now.attention
     had = {
-        "units": (now.feed_forward and now.feed_forward.units, FEED_FORWARD, "feed-forward neurons"),
-        "heads": (now.attention and now.attention.heads, ATTENTION, "attention heads"),
-        "kv_heads": (now.attention and now.attention.kv_heads, ATTENTION, "key-value heads"),
+        "units": (inner.units if inner else None, FEED_FORWARD, "feed-forward neurons"),
+        "heads": (attention.heads if attention else None, ATTENTION, "attention heads"),
+        "kv_heads": (attention.kv_heads if attention else None, ATTENTION, "key-value heads"),
     }
     for name, (has, part, words) in had.items():
         want = getattr(wish, name)

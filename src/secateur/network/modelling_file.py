@@ -185,7 +185,7 @@ def part_modules(block: Block, part: str) -> tuple[str, ...]:
 def frame(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> Frame | None:
     """The architecture behind a config.json, plain or of ours; None where transformers has no class for it."""
     plain = plain_config(raw)
-    whole = getattr(transformers, next(iter(plain.get("architectures") or []), ""), None)
+    whole: Any = getattr(transformers, next(iter(plain.get("architectures") or []), ""), None)
     return Frame(whole, kind.from_dict(plain)) if hasattr(whole, "_from_config") else None
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import outcome
 import secateur
@@ -196,6 +197,10 @@ def test_a_saved_copy_loads_again(name: str, written: Callable, clean: CleanProc
     again = clean.logits(tmp_path / "copy", IDS.tolist(), trust_remote_code=True)
     torch.testing.assert_close(again, logits(silent), atol=1e-4, rtol=1e-4)
     assert is_ours(tmp_path / "copy"), "a copy is as well known as the original"
+    [entry] = {json.loads((tmp_path / "copy" / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]}
+    kind = get_class_from_dynamic_module(entry, tmp_path / "copy")
+    kind.from_pretrained(tmp_path / "copy").save_pretrained(tmp_path / "third")
+    assert (tmp_path / "third" / FILE).exists(), "also where the class was taken by its name"
 
 
 @each
@@ -361,6 +366,18 @@ def test_steps_follow_each_other_and_a_live_model_is_saved(clean: CleanProcess, 
     secateur.compress(tiny.make("qwen2"), recipe=recipe, output=tmp_path / "out", evaluate=False, clean=clean)
     units = [block.feed_forward.units for block in open_model(tmp_path / "out").anatomy.blocks]
     assert units == [width // 2 for width in WIDTHS]
+
+
+def test_a_live_module_that_was_cut_unevenly_is_saved(pruned: Path, clean: CleanProcess, tmp_path: Path) -> None:
+    uneven = secateur.compress(tiny.make("llama"), "prunenet", RATIOS).model
+    for name, module in (("plain", uneven), ("loaded", load(pruned))):
+        for method, parameters, widths in (
+            ("random_units", {"ratio": 0.5, "multiple_of": 1}, [72, 32, 56]),
+            ("magnitude", {"pattern": 0.5}, WIDTHS),
+        ):
+            output = tmp_path / f"{name}-{method}"
+            secateur.compress(module, method, parameters, output=output, evaluate=False, clean=clean)
+            assert [block.feed_forward.units for block in open_model(output).anatomy.blocks] == widths
 
 
 def test_a_dry_run_tells_the_widths(model: Make, tmp_path: Path) -> None:

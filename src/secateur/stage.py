@@ -99,10 +99,6 @@ class Stage(ABC):
     def decided(self) -> dict[str, Any]:
         """What was decided, layer by layer, for the receipt."""
 
-    def code(self) -> dict[str, str]:
-        """The code that the result needs to be opened, by file name; none where its configuration says all."""
-        return model_code(self.source, self.config())
-
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """The configuration of the result."""
@@ -155,7 +151,8 @@ class Stage(ABC):
         floats = [dtype for dtype in stored if dtype.is_floating_point]
         self._leave()
         # said before they appear, so that a restart knows them for ours
-        config, code = self.config(), self.code()
+        config = self.config()
+        code = model_code(self.source, config)
         write_json(self.state / COMPANIONS, {"files": [path.name for path in companions(self.source)] + [*code]})
         copy_companions(self.source, self.target)
         write_index(self.target, shards)

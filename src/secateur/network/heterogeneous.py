@@ -90,7 +90,7 @@ def heterogeneous_config(source: "Source", raw: Mapping[str, Any], shapes: Mappi
             del wanted[name]
         wanted |= {join(block.path, name): size for name, size in inside.items()}
     changed = plain_config(raw)
-    if not any(set(own) - {"skip"} for own in said.values()):
+    if any(said.values()) and not any(set(own) - {"skip"} for own in said.values()):
         changed |= _guard(plain, targets, said)
     for own in said.values():
         # an entry that only blocks know: the width of a head, which is the same everywhere
@@ -295,13 +295,16 @@ def _guard(plain: Frame, targets: Mapping[int, BlockShape], said: dict[int, dict
         for each, shape in wide.items()
         if shape.heads and shape.kv_heads
     ]
-    for each, other in others if any(said.values()) else ():
+    for each, other in others:
         with suppress(RequestError):
             if entries := _solve(plain, plain.anatomy.blocks[each], other)[0]:
                 right = {name: getattr(plain.config, name) for name in entries if hasattr(plain.config, name)}
                 said.update({index: {**right, **own} for index, own in said.items()})
                 return entries
-    return {}
+    raise RequestError(
+        f"blocks of {plain.whole.__name__} that lack a part could be taken for whole ones by somebody who loads the result "
+        "without its code, because its configuration sets neither widths nor heads; keep every part."
+    )
 
 
 def _shapes(module: nn.Module) -> Shapes:

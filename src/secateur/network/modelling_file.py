@@ -205,6 +205,8 @@ def is_ours(directory: Path) -> bool:
         raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if not is_heterogeneous(raw):
             return False
+        if [path.name for path in directory.glob("*.py")] != [FILE]:
+            return False
         words = directory / "tokenizer_config.json"
         if words.exists() and "auto_map" in json.loads(words.read_text(encoding="utf-8")):
             return False

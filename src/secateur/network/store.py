@@ -56,9 +56,10 @@ def resized_config(source: Source, widths: Mapping[int, int], plain: bool = Fals
     blocks = source.anatomy.blocks
     old = {block.index: block.feed_forward.units for block in blocks if block.feed_forward}
     new = {**old, **widths}
-    if new == old:
-        return raw
     wanted = _wanted_shapes(source, new)
+    # a live module may have been cut before to widths that its configuration does not say
+    if new == old and (source.live is None or not new or _shapes(source, raw) == wanted):
+        return raw
     uniform = len(set(new.values())) == 1
     values = list(new.values())
     common = plain_config(raw)

@@ -388,7 +388,7 @@ def test_other_steps_before_and_after(steps: list[str], model: Make, tmp_path: P
     assert [layer.mlp.up_proj.out_features for layer in result.model.layers] == [128, 128]
     assert said["parameters_after"] == outcome.parameters(result)
     assert said["bytes_written"] == sum(p.numel() * p.itemsize for p in result.parameters())
-    assert said["blocks"] == {"kept": 2, "of": 3} and set(said["widths"]) == {"0", "1"}
+    assert said["blocks"] == {"kept": 2, "of": 3} and set(said["units"]["neurons"]) == {"0", "1"}
 
 
 def test_what_a_person_reads(model: Make, ids: Path, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ REFUSED = ("bloom", *MIXTURES, "mamba")
 # Heads cannot go: all of them share keys and values or a norm, or the configuration ties their number to the hidden size
 # (that of a llama asks that they divide it, which three heads of 64 channels do not).
 NO_HEADS = (
-    "llama_mqa", "llama_mha", "opt", "gpt2", "gpt_neox", "gpt_neox_sequential", "gptj", "falcon", "falcon_new", "bloom", "olmoe", "mamba",
+    "llama_mqa", "llama_mha", "opt", "gpt2", "gpt_neox", "gpt_neox_sequential", "gptj", "falcon", "falcon_new", "bloom",
+    "olmoe", "mamba",
 )  # fmt: skip
 # Small enough for seconds, large enough that a kill finds a method half way;
 # the metric whose engine has most to go on with.

@@ -20,6 +20,11 @@ from secateur.registry import find
 
 UNITS = {"neurons": "feed-forward neurons", "heads": "attention heads (by shared keys and values)"}
 """What the units of an axis are called."""
+_WHY_CODE = (
+    "Its blocks differ from each other, which the architecture has no words for: `per_layer_config` in `config.json` says "
+    "what each block has, and `{code}` builds the blocks so, by the architecture's own classes. That file is code, so "
+    "`transformers` asks for `trust_remote_code=True`; it needs nothing but `transformers` and `torch`."
+)
 
 
 def measure(
@@ -146,12 +151,15 @@ def model_card(receipt: Mapping[str, Any]) -> str:
     # the hub links a base model and refuses what it cannot link; of a directory here `base` is the folder's name alone
     if base == source["model"] and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         front["base_model"] = base
+    code = receipt.get("code", [])
+    trust, why = (", trust_remote_code=True", _WHY_CODE.format(code=", ".join(code))) if code else ("", "")
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---",
         f"# {base}, compressed",
         f"Made with Secateur (base: {base}). It opens with plain `transformers`:",
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")\n```',
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{trust})\n```',
+        why,
         "## What was done",
         "\n".join(f"- {line}" for line in summary(receipt)),
         "\n".join(f"- {sentence}" for d in receipt["decisions"] for sentence in d["warnings"]),

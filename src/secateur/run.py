@@ -23,6 +23,7 @@ from secateur.errors import RequestError, RunError
 from secateur.files import sha256, write_json, write_text
 from secateur.layer_stage import LayerStage
 from secateur.network.clean_load import peak
+from secateur.network.modelling_file import FILE
 from secateur.network.source import Source, check_device, open_model
 from secateur.network.store import check_output
 from secateur.network.verify import CleanProcess, verify
@@ -330,6 +331,8 @@ class Run:
             "versions": {name: version(name) for name in ("secateur", "torch", "transformers", "safetensors")}
             | {"python": platform.python_version()},
         }  # fmt: skip
+        if (self.output / FILE).exists():
+            receipt["code"] = [FILE]
         if any(stage.step.registered.caution for stage in stages):
             receipt["stored"] = _stored(source, self.output)
         receipt["card"] = measure(

@@ -56,7 +56,7 @@ class _CutsUnits(Stage):
         cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
         try:
             # so that a module whose widths its configuration can say may be saved
-            for key, value in self.config().items():
+            for key, value in resized_config(self.source, self.cuts.sizes(), plain=True).items():
                 if getattr(self.source.config, key, value) != value:
                     setattr(self.source.config, key, value)
         except RequestError as error:

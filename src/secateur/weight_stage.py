@@ -21,7 +21,7 @@ from secateur.network.anatomy import Block
 from secateur.network.masks import FOLDER, PackedMask, read_mask_file, write_masks
 from secateur.network.matrices import MatrixRef, put, view
 from secateur.network.source import open_model
-from secateur.network.store import raw_config
+from secateur.network.store import resized_config
 from secateur.network.stream import Fetch
 from secateur.network.verify import stored
 from secateur.network.views import Mask, Update, Weight
@@ -102,7 +102,7 @@ class WeightStage(BlockStage):
         return {"matrices": self.matrices}
 
     def config(self) -> dict[str, Any]:
-        return raw_config(self.source)
+        return resized_config(self.source, {})
 
     def _leave(self) -> None:
         removed, of = (sum(entry[key] for entry in self.matrices.values()) for key in ("removed", "of"))

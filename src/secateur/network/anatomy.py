@@ -209,7 +209,7 @@ def anatomy(model: nn.Module, config: Any = None) -> Anatomy:
     paths = {index: f"{path}.{index}" for index in range(len(blocks))}
     banks = [join(paths[index], bank) for index, block in enumerate(blocks) for bank in recognise.expert_banks(block)]
     traces = trace(model, {index: paths[index] for index in sorted(first.values())}, banks)
-    findings = {index: _examine(blocks[index], traces[index], hidden, config) for index in traces}
+    findings = {index: _examine(blocks[index], traces[index], hidden, _config_of(config, index)) for index in traces}
     found = tuple(
         _block(block, index, paths[index], findings[first[signatures[index]]], hidden)
         for index, block in enumerate(blocks)
@@ -230,6 +230,11 @@ def anatomy(model: nn.Module, config: Any = None) -> Anatomy:
         outside=tuple(name for name in sizes if name not in inside),
         parameters=sum(sizes.values()) - sum(sizes[name] for group in tied for name in group[1:]),
     )
+
+
+def _config_of(config: Any, index: int) -> Any:
+    """The configuration of one block; it has its own where blocks differ."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
 
 
 def to_dict(anatomy: Anatomy) -> dict[str, Any]:

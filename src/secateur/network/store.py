@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from secateur.errors import RequestError
 from secateur.files import atomic, write_json
-from secateur.network.anatomy import AXES, Axis
+from secateur.network.anatomy import AXES, Axis, Block
+from secateur.network.heterogeneous import BlockShape, heterogeneous_config
+from secateur.network.modelling_file import FILE, is_heterogeneous, model_files, plain_config
 from secateur.network.source import Source, skeleton
 
 logger = logging.getLogger(__name__)
@@ -50,27 +52,57 @@ Sizes = Mapping[Axis, Mapping[int, int]]
 """How many units of each kind stay, by block."""
 
 
-def resized_config(source: Source, sizes: Sizes) -> dict[str, Any]:
-    """The source's configuration with widths that say `sizes`.
+def resized_config(source: Source, sizes: Sizes, plain: bool = False) -> dict[str, Any]:
+    """The source's configuration with widths that say `sizes`; what they do not name stays.
 
     Which entries hold a width is not known by name: every entry with the right value is tried, and those are taken with
-    which the architecture builds exactly the shapes that are wanted and changes no other.
+    which the architecture builds exactly the shapes that are wanted and changes no other. Where none do, because blocks
+    differ, the configuration says them block by block and the model brings a file of code (`model_code`).
 
-    Raises RequestError when none do.
+    plain: only a configuration that needs no code.
+
+    Raises RequestError when the configuration cannot say the widths.
     """
-    raw, reached = raw_config(source), dict[Axis, Mapping[int, int]]()
+    raw, blocks = raw_config(source), source.anatomy.blocks
+    old = {axis: {block.index: group.count for block in blocks if (group := block.group(axis))} for axis in AXES}
+    new = {axis: {**widths, **sizes.get(axis, {})} for axis, widths in old.items()}
+    wanted = _wanted_shapes(source, new)
+    # a live module may have been cut before to widths that its configuration does not say
+    if new == old and (source.live is None or not any(new.values()) or _shapes(source, raw) == wanted):
+        return raw
+    common = plain_config(raw)
+    unsaid: list[Axis] = []
     for axis in AXES:
-        old = {block.index: group.count for block in source.anatomy.blocks if (group := block.group(axis))}
-        new = {**old, **sizes.get(axis, {})}
-        if new == old:
-            continue
-        reached[axis] = new
-        wanted = _wanted_shapes(source, reached)
-        tries = _heads if axis == "heads" else _widths
-        raw = next((changed for changed in tries(raw, source, old, new) if _shapes(source, changed) == wanted), {})
-        if not raw:
-            raise RequestError(_unsaid(source, axis, old, new))
-    return raw
+        names = {part.parameter for block in blocks if (group := block.group(axis)) for part in group.slices}
+        candidates = _heads if axis == "heads" else _widths
+        tries = (common, *candidates(common, source, old[axis], new[axis], _overridden(raw)))
+        changed = next((each for each in tries if _agree(_shapes(source, each), wanted, names)), None)
+        if changed is None:
+            unsaid.append(axis)
+        else:
+            common = changed
+    if not unsaid and _shapes(source, common) == wanted:
+        return common
+    uniform = all(len(set(widths.values())) <= 1 for widths in new.values())
+    if not plain and not (uniform and plain_config(raw) == raw):
+        return heterogeneous_config(source, raw, {block.index: _block_shape(block, new) for block in blocks})
+    axis = next((axis for axis in unsaid if new[axis] != old[axis]), AXES[-1])
+    raise RequestError(_unsaid(source, axis, old[axis], new[axis]))
+
+
+def _agree(
+    shapes: Mapping[str, tuple[int, ...]] | None, wanted: Mapping[str, tuple[int, ...]], names: Set[str]
+) -> bool:
+    return shapes is not None and all(shapes.get(name) == wanted[name] for name in names)
+
+
+def _block_shape(block: Block, sizes: Sizes) -> BlockShape:
+    """What a block is to have, in single heads."""
+    units, heads, kv_heads = sizes["neurons"].get(block.index), None, None
+    if block.attention and block.attention.group:
+        kept, of = sizes["heads"][block.index], block.attention.group.count
+        heads, kv_heads = (kept * count // of for count in (block.attention.heads, block.attention.kv_heads))
+    return BlockShape(units=units, heads=heads, kv_heads=kv_heads)
 
 
 def _unsaid(source: Source, axis: Axis, old: Mapping[int, int], new: Mapping[int, int]) -> str:
@@ -89,8 +121,7 @@ def _unsaid(source: Source, axis: Axis, old: Mapping[int, int], new: Mapping[int
         )
     return (
         f"the widths planned for {source.spec} differ between its layers ({min(values)} to {max(values)} {axis}), and the "
-        f"configuration of {architecture} can only say one width for all; plan one ratio for every layer, or cut a live "
-        "model in Python."
+        f"configuration of {architecture} can only say one width for all."
     )
 
 
@@ -100,44 +131,44 @@ def _sayable(source: Source, old: Mapping[int, int]) -> list[int]:
     for count in range(1, min(old.values())):
         new = dict.fromkeys(old, count)
         wanted = _wanted_shapes(source, {"heads": new})
-        if any(_shapes(source, changed) == wanted for changed in _heads(raw_config(source), source, old, new)):
+        if any(_shapes(source, changed) == wanted for changed in _heads(raw_config(source), source, old, new, set())):
             found.append(count)
     return found
 
 
 def _widths(
-    raw: Mapping[str, Any], source: Source, old: Mapping[int, int], new: Mapping[int, int]
+    raw: Mapping[str, Any], source: Source, old: Mapping[int, int], new: Mapping[int, int], overridden: Set[str]
 ) -> Iterator[dict[str, Any]]:
     """Configurations that may say these feed-forward widths."""
     values = list(new.values())
-    for path, value in _candidates(raw, source, next(iter(old.values()))):
+    for path, value in _candidates(raw, source, {*old.values()}, overridden):
         changed = deepcopy(dict(raw))
         set_entry(changed, path, values[0] if len(set(values)) == 1 and not isinstance(value, list) else values)
         yield changed
 
 
 def _heads(
-    raw: Mapping[str, Any], source: Source, old: Mapping[int, int], new: Mapping[int, int]
+    raw: Mapping[str, Any], source: Source, old: Mapping[int, int], new: Mapping[int, int], overridden: Set[str]
 ) -> Iterator[dict[str, Any]]:
     """Configurations that may say these numbers of heads, in units of those that share keys and values: the entries that say
     how many heads and how many of keys and values there are, with the size of a head held fast.
     """
-    attention = next(block.attention for block in source.anatomy.blocks if block.attention)
-    if len(set(new.values())) > 1:
+    if len(set(new.values())) != 1:
         return
-    share = attention.heads // next(iter(old.values()))
-    kept = next(iter(new.values()))
-    kept_kv = kept * attention.kv_heads // next(iter(old.values()))
-    entries = source.config.to_dict()
-    heads = [key for key, value in entries.items() if type(value) is int and value == attention.heads]
-    kv = [key for key, value in entries.items() if type(value) is int and value == attention.kv_heads]
-    size = [key for key, value in entries.items() if type(value) is int and value == attention.head_dim]
+    attention = next(block.attention for block in source.anatomy.blocks if block.attention and block.attention.group)
+    assert attention.group is not None, "there are heads to count"
+    count, kept = attention.group.count, next(iter(new.values()))
+    entries = {key: value for key, value in source.config.to_dict().items() if type(value) is int}
+    heads = [key for key, value in entries.items() if value == attention.heads or key in overridden]
+    kv = [key for key, value in entries.items() if value == attention.kv_heads or key in overridden]
+    size = [key for key, value in entries.items() if value == attention.head_dim]
     # the usual name, which many architectures heed though their configuration does not list it
     for fixed in dict.fromkeys([None, *size, "head_dim"]):
         for head, shared in product(heads, [None, *kv]):
             if head not in (fixed, shared) and (fixed != shared or fixed is None):
-                changed = {**deepcopy(dict(raw)), **({fixed: attention.head_dim} if fixed else {}), head: kept * share}
-                yield changed | ({shared: kept_kv} if shared else {})
+                changed = {**deepcopy(dict(raw)), head: kept * attention.heads // count}
+                changed |= {fixed: attention.head_dim} if fixed else {}
+                yield changed | ({shared: kept * attention.kv_heads // count} if shared else {})
 
 
 def raw_config(source: Source) -> dict[str, Any]:
@@ -150,6 +181,18 @@ def raw_config(source: Source) -> dict[str, Any]:
     return raw
 
 
+def model_code(source: Source, raw: Mapping[str, Any]) -> dict[str, str]:
+    """The code that goes beside a config.json made from the source's, by file name; none for an ordinary model."""
+    return model_files(raw, type(source.config))
+
+
+def _overridden(raw: Mapping[str, Any]) -> set[str]:
+    """Entries that blocks have of their own."""
+    return (
+        {name for own in raw.get("per_layer_config", {}).values() for name in own} if is_heterogeneous(raw) else set()
+    )
+
+
 def config_entries(raw: Mapping[str, Any], source: Source) -> Iterator[tuple[Entry, Any]]:
     """Everything the configuration says, defaults too, and what it says one level below."""
     complete = source.config.to_dict()
@@ -159,13 +202,17 @@ def config_entries(raw: Mapping[str, Any], source: Source) -> Iterator[tuple[Ent
             yield from (((key, inner), value) for inner, value in nested.items())
 
 
-def _candidates(raw: Mapping[str, Any], source: Source, width: int) -> Iterator[tuple[Entry, Any]]:
-    """Entries that may hold the width: those equal to it first, then those left to their default."""
+def _candidates(
+    raw: Mapping[str, Any], source: Source, widths: Set[int], overridden: Set[str]
+) -> Iterator[tuple[Entry, Any]]:
+    """Entries that may hold the width: those equal to one of `widths` first, then those left to their default.
+
+    overridden: entries that blocks have of their own, whose common value may be anything.
+    """
     flat = list(config_entries(raw, source))
     for path, value in flat:
-        if (type(value) is int and value == width) or (
-            isinstance(value, list) and set(map(str, value)) == {str(width)}
-        ):
+        alike = isinstance(value, list) and set(map(str, value)) <= set(map(str, widths)) and len(value) > 0
+        if (type(value) is int and (value in widths or path[0] in overridden)) or alike:
             yield path, value
     for path, value in flat:
         if value is None:
@@ -230,7 +277,8 @@ def companions(source: Source) -> list[Path]:
     """Tokenizer, generation config, licence and other small files; a model's own code only where it may run."""
     found = []
     for path in sorted(source.directory.iterdir()) if source.directory else ():
-        code = path.suffix == ".py" and source.trust_remote_code
+        # the file of a heterogeneous model is written anew, for as long as it needs one
+        code = path.suffix == ".py" and source.trust_remote_code and path.name != FILE
         copied = (
             not path.name.endswith(_NOT_COPIED)
             and not path.name.startswith(_ADAPTER)

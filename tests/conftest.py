@@ -1,9 +1,12 @@
 """Models made once and shared: tiny ones in every worker, one clean process for all reloads."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # where transformers copies code that models bring
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +20,12 @@ from secateur.network.verify import CleanProcess
 # one thread per worker: bytes are promised at an equal number of threads, and workers share the machine
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _modules() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,12 @@
 """Comparing results of runs, for many tests."""
 
 import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 # Measurements and times live here alone; everything else is promised bit for bit.
 MEASURED = {"secateur.json", "README.md"}
@@ -16,6 +20,28 @@ def promised(directory: Path) -> dict[str, str]:
 
 def parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@contextmanager
+def skipped(model: nn.Module, blocks: Sequence[str]) -> Iterator[nn.Module]:
+    """The model with some of its blocks giving out what they are given; blocks as paths."""
+    given: list[Any] = []
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append((args[0] if args else kwargs["hidden_states"]).clone())
+
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
+        return (given.pop(), *output[1:]) if isinstance(output, tuple) else given.pop()
+
+    handles = []
+    for path in blocks:
+        block = model.get_submodule(path)
+        handles += [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Killed(BaseException):

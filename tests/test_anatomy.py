@@ -93,7 +93,7 @@ def check_cut(model: nn.Module, parts: Anatomy, tokens: Tensor) -> None:
         if block.feed_forward:
             kept = torch.ones(block.feed_forward.units, dtype=torch.bool)
             kept[gone % block.feed_forward.units] = False
-            cuts[block.index] = Cut(kept.nonzero().flatten())
+            cuts[block.index, "neurons"] = Cut(kept.nonzero().flatten())
     cut_module(model, parts, cuts)
     assert (logits() - zeroed).abs().max() <= 1e-5
     assert (zeroed - whole).abs().max() > 1e-2
@@ -121,7 +121,7 @@ def test_known_architectures(name: str, live: dict[str, Any]) -> None:
         assert (layer.gate_bias is not None) == (biased and gate is not None)
         if name == "phi3":
             assert layer.gate is not None and (layer.gate.offset, layer.up.offset) == (0, units)
-        for part in layer.slices:
+        for part in layer.group.slices:
             length = model.get_parameter(part.parameter).shape[part.dim]
             assert length == (2 * units if part.parameter.endswith("gate_up_proj.weight") else units)
         attention = block.attention
@@ -227,6 +227,7 @@ def test_json(live: dict[str, Any]) -> None:
         "parameter": "model.layers.2.mlp.gate_up_proj.weight",
         "dim": 0,
         "offset": 160,
+        "width": 1,
     }
     assert block["attention"]["kind"] == "GQA"
 

@@ -62,7 +62,7 @@ def test_the_numbers_of_a_dry_run_are_right(
     result = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert said["parameters"] == outcome.parameters(tiny.make(name))
     assert said["parameters_after"] == outcome.parameters(result)
-    assert set(map(str, said["widths"].values())) == {"{'kept': 96, 'of': 160}"}
+    assert set(map(str, said["units"]["neurons"].values())) == {"{'kept': 96, 'of': 160}"}
     files = list((tmp_path / "out").glob("*.safetensors"))
     tensors = [tensor for file in files for tensor in load_file(file).values()]
     assert said["bytes_written"] == sum(tensor.nbytes for tensor in tensors)

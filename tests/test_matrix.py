@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import outcome
 import secateur
 import tiny
+from secateur.network.anatomy import Block
 from secateur.network.verify import CleanProcess, prompt
 from secateur.registry import methods
 
@@ -19,8 +20,15 @@ FIRST = ("llama", "gpt2")
 # No feed-forward of its own, or a width that its configuration cannot say: every method that cuts neurons must refuse these.
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_mixed", "olmoe")
 REFUSED = ("bloom", *MIXTURES, "mamba")
-# Small enough for seconds, large enough that a kill finds a method half way.
-QUICK = {"prunenet": {"episodes": 3}}
+# Heads cannot go: all of them share keys and values or a norm, or the configuration ties their number to the hidden size
+# (that of a llama asks that they divide it, which three heads of 64 channels do not).
+NO_HEADS = (
+    "llama_mqa", "llama_mha", "opt", "gpt2", "gpt_neox", "gpt_neox_sequential", "gptj", "falcon", "falcon_new", "bloom",
+    "olmoe", "mamba",
+)  # fmt: skip
+# Small enough for seconds, large enough that a kill finds a method half way;
+# the metric whose engine has most to go on with.
+QUICK = {"prunenet": {"episodes": 3}, "layer_drop": {"metric": "perplexity"}}
 WIDTH = 128  # of 160, at ratio 0.2, a multiple of 32
 SPARSITY = 0.37  # no whole number of weights in any row
 
@@ -30,8 +38,13 @@ def _cases() -> list:
         pytest.param(method.name, name, id=f"{method.name}-{name}", marks=() if name in FIRST else pytest.mark.every)
         for method in methods().values()
         for name in tiny.ARCHITECTURES
-        if not (_cuts(method.name) and name in REFUSED)
+        if not _cuts(method.name) or _axes(method.name, name)
     ]
+
+
+def _drops(method: str) -> bool:
+    """Whether it removes whole blocks."""
+    return methods()[method].scope == "blocks"
 
 
 def _cuts(method: str) -> bool:
@@ -39,12 +52,20 @@ def _cuts(method: str) -> bool:
     return methods()[method].scope in ("units", "network")
 
 
+def _axes(method: str, name: str) -> list[str]:
+    """The units that it can cut there."""
+    refused = {"neurons": REFUSED, "heads": NO_HEADS}
+    return [axis for axis in methods()[method].axes if name not in refused[axis]]
+
+
 # What a method leaves alone: experts of the dense network and of the pruned one get other tokens.
 SPARED = {"dense_refit": {"targets": ["attention"]}}
 
 
 def _recipe(method: str, name: str, ids: Path) -> secateur.Recipe:
-    parameters = {"ratio": 0.2} if _cuts(method) else {"pattern": SPARSITY}
+    parameters: dict = {"ratio": 0.2} if _cuts(method) or _drops(method) else {"pattern": SPARSITY}
+    if methods()[method].scope == "units":
+        parameters["axis"] = _axes(method, name)
     spared = SPARED.get(method, {}) if name in MIXTURES else {}
     step = {method: {**parameters, **QUICK.get(method, {}), **spared}}
     learns = secateur.Recipe.parse({"steps": [step]}).calibrated
@@ -61,10 +82,49 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _check_cut(source: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
-    blocks = len(secateur.network.source.open_model(source).anatomy.blocks)
-    per_neuron = (outcome.parameters(dense) - outcome.parameters(result)) / (tiny.UNITS - WIDTH) / blocks
-    assert per_neuron == int(per_neuron) >= 2 * tiny.HIDDEN, "whole neurons are gone, and nothing else"
+def _check_cut(source: Path, axes: list[str], dense: torch.nn.Module, result: torch.nn.Module) -> None:
+    blocks = secateur.network.source.open_model(source).anatomy.blocks
+    inside = {name for block in blocks if block.attention for name in _attention(block)}
+    removed = {name: p.numel() - result.get_parameter(name).numel() for name, p in dense.named_parameters()}
+    attention = sum(count for name, count in removed.items() if name in inside)
+    assert sum(removed.values()) == outcome.parameters(dense) - outcome.parameters(result)
+    if "heads" in axes:
+        kv = blocks[0].attention.kv_heads
+        whole = sum(dense.get_parameter(name).numel() for name in inside)
+        assert attention * kv == whole * (kv - int(0.8 * kv)) > 0, "whole heads are gone from all four matrices"
+        assert result.config.num_attention_heads * kv == dense.config.num_attention_heads * int(0.8 * kv)
+    else:
+        assert not attention
+    per_neuron = (sum(removed.values()) - attention) / (tiny.UNITS - WIDTH) / len(blocks)
+    if "neurons" in axes:
+        assert per_neuron == int(per_neuron) >= 2 * tiny.HIDDEN, "whole neurons are gone, and nothing else"
+    else:
+        assert not per_neuron
+
+
+def _attention(block: Block) -> set[str]:
+    """Matrices and biases of its attention, but for the output bias, which no head has a share of."""
+    names = {name for part in "qkvo" for name in getattr(block.attention, part)}
+    biases = {name.removesuffix("weight") + "bias" for part in "qkv" for name in getattr(block.attention, part)}
+    return names | (biases & set(block.parameters))
+
+
+def _check_dropped(output: Path, source: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
+    decided = json.loads((output / "secateur.json").read_text())["decisions"][0]["blocks"]
+    kept, removed = decided["kept"], decided["removed"]
+    assert len(removed) == 1 and sorted(kept + removed) == list(range(tiny.BLOCKS))
+    paths = [block.path for block in secateur.network.source.open_model(source).anatomy.blocks]
+    before, after = dict(dense.named_parameters()), dict(result.named_parameters())
+    inside = tuple(path + "." for path in paths)
+    assert {n for n in before if not n.startswith(inside)} == {n for n in after if not n.startswith(inside)}
+    for name, parameter in after.items():
+        old = next(
+            (name.replace(f"{paths[i]}.", f"{paths[k]}.") for i, k in enumerate(kept) if f"{paths[i]}." in name), name
+        )
+        assert torch.equal(parameter, before[old]), f"{name} is {old} of the source"
+    words = torch.tensor([prompt(tiny.VOCABULARY)])
+    with torch.no_grad(), outcome.skipped(dense, [paths[index] for index in removed]):
+        torch.testing.assert_close(result(words).logits, dense(words).logits, atol=1e-4, rtol=1e-4)
 
 
 def _check_zeros(output: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
@@ -102,7 +162,12 @@ def test_every_method_on_every_architecture(
     run(first)
     dense = AutoModelForCausalLM.from_pretrained(source)
     result = AutoModelForCausalLM.from_pretrained(first)
-    _check_cut(source, dense, result) if _cuts(method) else _check_zeros(first, dense, result)
+    if _drops(method):
+        _check_dropped(first, source, dense, result)
+    elif _cuts(method):
+        _check_cut(source, recipe.steps[0].parameters.get("axis", ["neurons"]), dense, result)
+    else:
+        _check_zeros(first, dense, result)
 
     words = [prompt(tiny.VOCABULARY)]
     with torch.no_grad():
@@ -110,6 +175,11 @@ def test_every_method_on_every_architecture(
     torch.testing.assert_close(clean.logits(first, words), here, atol=1e-5, rtol=1e-5)
     tokens = result.generate(torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] > len(words[0]), "the result generates"
+    if _drops(method):  # the cache is addressed by the numbers of blocks
+        without = result.generate(
+            torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False
+        )
+        assert torch.equal(tokens, without), "and with a cache as without"
 
     run(second)
     assert outcome.promised(first) == outcome.promised(second), "one seed, one result"

@@ -236,14 +236,10 @@ def broken_method() -> Iterator[dict[str, bool]]:
     @registry.method(
         "broken_units", kind="structure", paper="", claim="none", when="after training", speedup="universal"
     )
-    def broken_units(units: Units, context: Context, *, ratio: registry.Ratio = 0.2) -> Cut:
-        """Keeps the first neurons.
-
-        Args:
-            ratio: fraction of the neurons removed.
-        """
-        kept = torch.arange(int(units.count * (1 - ratio)))
-        down = units.down[:, kept].clone()
+    def broken_units(units: Units, context: Context) -> Cut:
+        """Keeps the first neurons."""
+        kept = torch.arange(units.keep)
+        down = units.output[:, kept].clone()
         if state["broken"] and units.block == 1:
             down[3, 5] = float("nan")
         return Cut(kept, down)
@@ -366,7 +362,7 @@ def test_a_kill_in_the_second_step(run: Callable, tmp_path: Path, monkeypatch: p
     recipe.write_text(TWO_STEPS)
     run(tmp_path / "straight", recipe=recipe)
     kept = json.loads((tmp_path / "straight" / "secateur.json").read_text())["decisions"]
-    assert [step["units"]["0"] for step in kept] == [{"kept": 128, "of": 160}, {"kept": 96, "of": 128}]
+    assert [step["units"]["neurons"]["0"] for step in kept] == [{"kept": 128, "of": 160}, {"kept": 96, "of": 128}]
     with monkeypatch.context() as patch:
         rename = Path.replace
 

@@ -3,19 +3,20 @@
 from collections.abc import Mapping, Sequence
 
 from secateur.errors import RequestError
+from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.source import Source
 from secateur.network.store import resized_config
-from secateur.network.widths import round_width
 from secateur.recipe import Step
 from secateur.targets import check_targets
+from secateur.units import Sizes, planned_sizes, present_sizes
 
 
-def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> dict[int, int] | None:
+def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Sizes:
     """Raises RequestError when these steps cannot be done to this model; nothing is read or written for that.
 
     saved: the result is to be written, so its configuration must be able to say the widths.
 
-    Returns: the width of each layer after the last step, by block, None where no step has a `ratio` to tell it by.
+    Returns: how many units of each kind are left after the last step, as far as steps have a `ratio` to tell it by.
     """
     network = source.anatomy
     if saved and network.head is None:
@@ -23,42 +24,45 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> di
             f"{source.spec} holds {type(source.skeleton).__name__}, which has no head that predicts tokens, so a result "
             "could not be checked; save it as a whole language model (such as LlamaForCausalLM)."
         )
-    original = {block.index: block.feed_forward.units for block in network.blocks if block.feed_forward}
-    widths: dict[int, int] | None = None
+    sizes: Sizes = {}
+    count = len(network.blocks)
     for step in steps:
+        if step.registered.scope == "blocks":
+            count = _check_blocks(source, step, count)
+            # which blocks go is not known yet; mostly they are alike, and only how many are left matters here
+            sizes = {axis: {index: n for index, n in units.items() if index < count} for axis, units in sizes.items()}
+            continue
         if step.registered.scope == "weight":
             check_targets(source, step)
             continue
-        _require_units(source, step)
-        planned = _planned_widths(source, step, widths or original)
-        widths = planned or widths
+        present = present_sizes(source, step)
+        present = {
+            axis: sizes.get(axis) or {index: n for index, n in units.items() if index < count}
+            for axis, units in present.items()
+        }
+        planned = planned_sizes(source, step, present)
+        sizes |= planned or {}
         if saved:
             # without a plan any narrower width shows whether the configuration can say it
-            resized_config(source, planned or {index: max(1, units - 1) for index, units in original.items()})
-    return widths
-
-
-def _require_units(source: Source, step: Step) -> None:
-    """Raises RequestError naming the first block whose feed-forward a method of this kind cannot see."""
-    for block in source.anatomy.blocks:
-        if block.feed_forward is None:
-            raise RequestError(
-                f"{step.method} cuts feed-forward neurons, but {block.path} of {source.spec} is a {block.kind} block: "
-                f"{(block.note or 'no feed-forward was recognised in it').rstrip('.')}."
+            narrower: Sizes = {
+                axis: {index: max(1, units - 1) for index, units in widths.items()} for axis, widths in present.items()
+            }
+            resized_config(
+                source, {axis: _for_all(source, units) for axis, units in (sizes | (planned or narrower)).items()}
             )
+    return sizes
 
 
-def _planned_widths(source: Source, step: Step, units: Mapping[int, int]) -> dict[int, int] | None:
-    """Units kept of `units`, by block, from a step's `ratio`, `ratios` and `multiple_of`; None if it has none."""
-    parameters = step.parameters
-    if "ratio" not in parameters:
-        return None
-    ratios = parameters.get("ratios") or [parameters["ratio"]] * len(units)
-    if len(ratios) != len(units):
-        raise RequestError(
-            f"{step.method}: ratios has {len(ratios)} values, but {source.spec} has {len(units)} layers."
-        )
-    return {
-        index: round_width(units[index], ratio, parameters.get("multiple_of", 1))
-        for index, ratio in zip(units, ratios, strict=True)
-    }
+def _for_all(source: Source, units: Mapping[int, int]) -> dict[int, int]:
+    """What the last block has also for those behind it: an earlier step removes them, but they are still in this source."""
+    last = units[max(units)]
+    return {block.index: units.get(block.index, last) for block in source.anatomy.blocks}
+
+
+def _check_blocks(source: Source, step: Step, count: int) -> int:
+    """How many of `count` blocks a step leaves. Raises RequestError when it cannot remove blocks from this model."""
+    left = count - blocks_to_remove(step.method, step.parameters, count)
+    check_skippable(source, step.method)
+    # whichever go, the configuration must be able to say a smaller number
+    shortened_config(source, range(left))
+    return left

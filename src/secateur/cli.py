@@ -198,10 +198,14 @@ def _print_method(card: dict[str, Any]) -> None:
 
 
 def _print_forecast(said: dict[str, Any]) -> None:
-    widths = {(unit["kept"], unit["of"]) for unit in said["widths"].values()}
-    if widths:
+    from secateur.report import UNITS
+
+    for axis, units in said["units"].items():
+        widths = {(unit["kept"], unit["of"]) for unit in units.values()}
         cut = ", ".join(f"{of} → {kept}" for kept, of in sorted(widths))
-        console.print(f"would cut: feed-forward neurons {cut} in {len(said['widths'])} blocks", highlight=False)
+        console.print(f"would cut: {UNITS[axis]} {cut} in {len(units)} blocks", highlight=False)
+    if blocks := said["blocks"]:
+        console.print(f"would remove: {blocks['of'] - blocks['kept']} of {blocks['of']} blocks", highlight=False)
     for each in said["zeros"]:
         console.print(
             f"would zero: {each['removed']:,} of {each['of']:,} weights ({each['removed'] / each['of']:.2%}) in "

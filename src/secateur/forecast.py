@@ -3,18 +3,20 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from secateur.calibration.flow import Flow, LossWithout
+from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.propagation import ACTIVATION_BYTES
 from secateur.calibration.samples import LENGTH, SELF, Calibration
 from secateur.calibration.statistics import CrossGram
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
+from secateur.network.depth import blocks_to_remove
 from secateur.network.source import Source, conversion_dtype
 from secateur.network.store import stored_dtype
 from secateur.network.stream import pieces
@@ -23,6 +25,7 @@ from secateur.run import Run, make_stage, request
 from secateur.solving import Solver
 from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
+from secateur.units import Sizes
 
 SHARD_BYTES = 256 * 10**6
 
@@ -41,9 +44,9 @@ def dry_run(
     """What `compress` would cut, write and need: plain data. Reads headers, and one block's weights to time the method."""
     plan, spec = request(model, None, None, recipe, seed, dtype)
     run = Run(spec, plan, Path(output), device, 0, trust_remote_code, False, SHARD_BYTES, silent, None)
-    source, _, _, widths = run.look(restart)
+    source, _, _, sizes = run.look(restart)
     wanted = getattr(torch, plan.dtype) if plan.dtype else None
-    said = _needs(source, widths, Path(output), wanted, plan)
+    said = _needs(source, sizes or {}, Path(output), wanted, plan)
     place = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
     said["disk_free"] = shutil.disk_usage(place).free
     if not source.tensors:
@@ -62,7 +65,8 @@ def dry_run(
     rest = (time.time() - begun) * 3 * source.bytes / max(size, 1)
     said["seconds"] = method + rest
     beside = "the reload check and measuring"
-    if step.registered.scope == "weight" and Solver.of(step.registered, step.parameters).gradients:
+    weights = step.registered.scope == "weight"
+    if (weights and Solver.of(step.registered, step.parameters).gradients) or BlockGradients in _asked(step):
         beside = f"gradients, {beside}"
     if step.calibrated and plan.calibration.data == SELF:
         beside = f"the writing of the calibration text, {beside}"
@@ -72,7 +76,7 @@ def dry_run(
 
 def _needs(
     original: Source,
-    stage_widths: Mapping[int, int] | None,
+    sizes: Sizes,
     output: Path,
     dtype: torch.dtype | None,
     plan: Recipe,
@@ -82,9 +86,12 @@ def _needs(
     """
     steps = plan.steps
     cut = {
-        block.index: (stage_widths[block.index], block.feed_forward.units)
-        for block in original.anatomy.blocks
-        if stage_widths and block.feed_forward and block.index in stage_widths
+        axis: {
+            index: (kept, group)
+            for index, kept in widths.items()
+            if (group := original.anatomy.blocks[index].group(axis)) is not None
+        }
+        for axis, widths in sizes.items()
     }
 
     def statistics(step: Step) -> int:
@@ -94,13 +101,21 @@ def _needs(
         # what refits from a statistic leaves new output weights in float32 beside it until the end
         return sum(SyntheticGram.bytes(layer.units) + 4 * layer.hidden * layer.units for layer in layers)
 
-    removed: dict[str, int] = {}
-    for block in original.anatomy.blocks:
-        for part in block.feed_forward.slices if block.feed_forward and block.index in cut else ():
-            kept, of = cut[block.index]
-            parameter = original.skeleton.get_parameter(part.parameter)
-            fewer = parameter.numel() // parameter.shape[part.dim] * (of - kept)
-            removed[part.parameter] = removed.get(part.parameter, 0) + fewer
+    count = left = len(original.anatomy.blocks)
+    for step in steps:
+        if step.registered.scope == "blocks":
+            left -= blocks_to_remove(step.method, step.parameters, left)
+    # which blocks go is not known yet; counted are the last, which mostly are like all others
+    gone = [block for block in original.anatomy.blocks if block.index >= left]
+    removed: dict[str, int] = {
+        name: original.skeleton.get_parameter(name).numel() for block in gone for name in block.parameters
+    }
+    for units in cut.values():
+        for kept, group in units.values():
+            for part in group.slices:
+                parameter = original.skeleton.get_parameter(part.parameter)
+                fewer = parameter.numel() // parameter.shape[part.dim] * (group.count - kept) * part.width
+                removed[part.parameter] = removed.get(part.parameter, 0) + fewer
     total = original.anatomy.parameters
     if original.tensors:
 
@@ -108,7 +123,7 @@ def _needs(
             return count * stored_dtype(original, dtype, original.tensors[key].dtype).itemsize
 
         written = sum(written_bytes(key, torch.Size(info.shape).numel()) for key, info in original.tensors.items())
-        written -= sum(written_bytes(original.stored_keys(name)[0], count) for name, count in removed.items())
+        written -= sum(written_bytes(original.stored_keys(name)[0], fewer) for name, fewer in removed.items())
         largest = max(sum(original.tensors[key].bytes for key in piece.keys) for piece in pieces(original, 0))
         extra, between = 0, original.bytes
     else:
@@ -118,17 +133,48 @@ def _needs(
     pruning = [
         _Pruning.of_step(original, step, plan.calibration) for step in steps if step.registered.scope == "weight"
     ]
+    flows = [_flow_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "blocks"]
     extra += between * (len(steps) - 1) + sum(map(statistics, steps)) + sum(each.disk for each in pruning)
+    extra += sum(disk for disk, _ in flows)
+    beside = max([each.memory for each in pruning] + [memory for _, memory in flows], default=0)
     return {
         "parameters": total,
         "parameters_after": total - sum(removed.values()),
-        "widths": {str(block): {"kept": kept, "of": of} for block, (kept, of) in cut.items()},
+        "blocks": {"kept": left, "of": count} if left < count else None,
+        "units": {
+            axis: {str(block): {"kept": kept, "of": group.count} for block, (kept, group) in units.items()}
+            for axis, units in cut.items()
+        },
         "zeros": [{"removed": each.removed, "of": each.of, "matrices": each.matrices} for each in pruning],
         "bytes_written": written,
         "disk_needed": written + extra,
-        "memory_needed": 3 * largest + 400 * 10**6 + max((each.memory for each in pruning), default=0),
+        "memory_needed": 3 * largest + 400 * 10**6 + beside,
         "output": str(output),
     }
+
+
+def _asked(step: Step) -> set[type]:
+    return set(step.registered.asked(step.parameters).values())
+
+
+def _flow_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, int]:
+    """Disk and memory, beside a block's weights, that a step which removes blocks needs for what it asks for."""
+    asked, network = _asked(step), source.anatomy
+    if not step.calibrated:
+        return 0, 0
+    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, positions)
+    disk = memory = 0
+    if asked & {Flow, LossWithout}:
+        copies = len(network.blocks) + 1 if LossWithout in asked else 1
+        # those that a block reads and those that it writes
+        disk = 2 * copies * tokens * network.hidden * getattr(torch, wishes.dtype).itemsize
+        memory = 4 * ACTIVATION_BYTES
+    if BlockGradients in asked:
+        memory = 2 * 4 * network.parameters
+    elif wishes.data == SELF:
+        memory = max(memory, 4 * network.parameters)
+    return disk + 8 * tokens, memory
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from secateur.calibration.samples import Calibration
 from secateur.errors import RequestError, suggest
 from secateur.files import sha256
-from secateur.registry import COMMON, Method, find, message
+from secateur.registry import COMMON, NEEDS, Method, find, message
 from secateur.solving import Solver
 
 
@@ -31,7 +31,9 @@ class Step(BaseModel):
     @property
     def calibrated(self) -> bool:
         """Whether it learns from text, itself or through a method that it names."""
-        return self.registered.scope == "weight" and Solver.of(self.registered, self.parameters).calibrated
+        if self.registered.scope == "blocks":
+            return any(NEEDS[need].data for need in self.registered.asked(self.parameters).values())
+        return self.registered.scope in ("weight", "units") and Solver.of(self.registered, self.parameters).calibrated
 
     def plain(self) -> dict[str, Any]:
         """As it is written in a recipe: {method: {parameter: value}}, in plain data."""

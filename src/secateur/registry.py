@@ -4,15 +4,16 @@ A method is one function. What it needs from the engine it asks for by the annot
 what a person may set are its keyword-only parameters. The recipe's schema, the command line's help and the docs page are
 read from that signature and its docstring; nothing is declared twice.
 
-Three parameter names are a convention. The engine reads `ratio`, `ratios` (one for each layer) and `multiple_of` of a method
-that cuts units, to foretell the widths it will leave: for a dry run, and to refuse an impossible width before anything is
-read. A method that cuts by other rules gives its parameters other names.
+What all methods of a scope take is the engine's (`COMMON`). A method that plans a whole network takes `ratio`, `ratios` and
+`multiple_of` itself, in the same sense: from them the engine foretells widths for a dry run, and refuses an impossible one
+before anything is read. One that cuts by other rules gives its parameters other names.
 """
 
 import importlib
 import inspect
 import pkgutil
 import re
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BeforeValidator, Field
 
+from secateur.calibration.flow import Flow, LossWithout
+from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.statistics import (
     INPUT_STATISTICS,
     CrossGram,
@@ -33,19 +36,26 @@ from secateur.calibration.statistics import (
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import Context
 from secateur.errors import RequestError, suggest
+from secateur.network.anatomy import AXES, Axis
+from secateur.network.blocks import Blocks, Kept
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Plan, Units, Update, Weight
 from secateur.tensor.patterns import Budget, Pattern
 
 __all__ = [
     "Allocation",
+    "BlockGradients",
+    "Blocks",
     "Budget",
     "Context",
     "CrossGram",
     "Cut",
+    "Flow",
     "GatedNorms",
     "Gradients",
     "Gram",
     "InputNorms",
+    "Kept",
+    "LossWithout",
     "Mask",
     "MaskFrom",
     "Matrices",
@@ -56,6 +66,7 @@ __all__ = [
     "Ratio",
     "SyntheticGram",
     "Units",
+    "UnitsFrom",
     "Update",
     "Weight",
     "find",
@@ -80,7 +91,9 @@ def _other(scope: str) -> Callable[[Any], Any]:
         [(name, parameters)] = value.items()
         found = find(str(name))
         if found.scope != scope:
-            wanted = "an allocation" if scope == "matrices" else "a method that zeroes single weights"
+            wanted = {"matrices": "an allocation", "units": "a method that chooses units block by block"}.get(
+                scope, "a method that zeroes single weights"
+            )
             raise ValueError(f"must name {wanted}; {name} is of kind {found.kind}")
         # what the engine decides is decided once, by the step itself
         common = COMMON.get(scope, {})
@@ -94,11 +107,32 @@ def _other(scope: str) -> Callable[[Any], Any]:
 MaskFrom = Annotated[Any, "mask", BeforeValidator(_other("weight"))]
 """Another method whose mask is used: the engine runs it on the same matrix first and hands in the (r, d) mask, or None."""
 
+UnitsFrom = Annotated[Any, "units", BeforeValidator(_other("units"))]
+"""Another method whose choice of units is used: the engine asks it first and hands in the (k,) indices kept, or None."""
+
 _PatternText = Annotated[str, BeforeValidator(lambda value: str(Pattern.parse(value)))]
 _Targets = Annotated[list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+_Axes = Annotated[
+    list[Axis], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
 
 # Parameters that the engine adds to every method of a scope, and decides by: {scope: {name: (type, default, help)}}.
 COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
+    "units": {
+        "ratio": (Ratio, 0.2, "fraction of the units removed in every block, 0 ≤ ratio < 1"),
+        "axis": (
+            _Axes,
+            ["neurons"],
+            "which units: neurons of the feed-forward layer, or heads of attention (those that share keys and values go "
+            "together), or a list of both",
+        ),
+        "ratios": (list[Ratio] | None, None, "one ratio for each block, instead of `ratio`"),
+        "multiple_of": (
+            Annotated[int, Field(ge=1)],
+            32,
+            "the neurons kept are rounded to the nearest multiple of this where the ratio allows it; 1 for none",
+        ),
+    },
     "weight": {
         "pattern": (
             _PatternText,
@@ -122,6 +156,12 @@ COMMON["matrices"] = {
     "apply": (MaskFrom, "magnitude", "the method that prunes with this allocation"),
 }
 
+COMMON["blocks"] = {
+    "ratio": (Ratio, 0.2, "fraction of the blocks removed, rounded half up to a whole number; one at least stays"),
+    "remove": (Annotated[int, Field(ge=0)] | None, None, "how many blocks are removed; counts before ratio"),
+    "protect": (list[int] | None, None, "indices of blocks that stay whatever their score, from 0; default none"),
+}
+
 Kind = Literal[
     "structure", "weights", "factors", "quantization", "allocation", "training", "recovery", "inference", "communication",
     "data", "analysis",
@@ -132,40 +172,51 @@ Kind = Literal[
 class Need:
     """What asking for a type means: how often the method is called, and what it must return one of.
 
-    beside: another type without which it may not be asked for; it says of what this one is.
+    beside: other types, without one of which it may not be asked for; that one says of what this one is.
     """
 
-    scope: Literal["network", "units", "weight", "matrices", "any"]
+    scope: Literal["network", "units", "weight", "matrices", "blocks", "any"]
     returns: tuple[type, ...]
     what: str
     data: str = ""
-    beside: type | None = None
+    beside: tuple[type, ...] = ()
 
 
 # The vocabulary of the contract. A new statistic or scope is one line here and its provider in an engine.
 _TEXT = "calibration text"
+_READERS = (Weight, Units)  # what reads inputs: a matrix, or the matrix behind units
 NEEDS: dict[type, Need] = {
     Network: Need("network", (Plan,), "the whole network's matrices, read lazily"),
-    Units: Need("units", (Cut,), "the feed-forward neurons of one block"),
+    Units: Need("units", (Cut,), "the units of one kind in one block"),
     Weight: Need("weight", (Mask, Update), "one matrix"),
     Matrices: Need("matrices", (Allocation,), "every matrix that is to be pruned, read lazily"),
-    Budget: Need("any", (), "how many weights the matrix loses, in which pattern", beside=Weight),
-    InputNorms: Need("any", (), "mean square of each input of the matrix", _TEXT, beside=Weight),
-    GatedNorms: Need("any", (), "the same, each token counted by its expert's gate", _TEXT, beside=Weight),
-    Moments: Need("any", (), "mean and variance of each input of the matrix", _TEXT, beside=Weight),
-    Gram: Need("any", (), "second moment of the inputs of the matrix", _TEXT, beside=Weight),
+    Blocks: Need("blocks", (Kept,), "the blocks in order, each read lazily, and how many of them are to go"),
+    Flow: Need("any", (), "how much each block changes the hidden states", _TEXT, beside=(Blocks,)),
+    LossWithout: Need("any", (), "the loss without each block", _TEXT, beside=(Blocks,)),
+    BlockGradients: Need(
+        "any",
+        (),
+        "how much the loss reacts to each block's weights (the whole model in memory)",
+        f"{_TEXT}, gradients",
+        beside=(Blocks,),
+    ),
+    Budget: Need("any", (), "how many weights the matrix loses, in which pattern", beside=(Weight,)),
+    InputNorms: Need("any", (), "mean square of each input of the matrix", _TEXT, beside=_READERS),
+    GatedNorms: Need("any", (), "the same, each token counted by its expert's gate", _TEXT, beside=(Weight,)),
+    Moments: Need("any", (), "mean and variance of each input of the matrix", _TEXT, beside=_READERS),
+    Gram: Need("any", (), "second moment of the inputs of the matrix", _TEXT, beside=_READERS),
     CrossGram: Need(
-        "any", (), "inputs in the dense network against those behind compressed layers", _TEXT, beside=Weight
+        "any", (), "inputs in the dense network against those behind compressed layers", _TEXT, beside=_READERS
     ),
     Gradients: Need(
-        "any", (), "squared gradients of the loss (the whole model in memory)", f"{_TEXT}, gradients", beside=Weight
+        "any", (), "squared gradients of the loss (the whole model in memory)", f"{_TEXT}, gradients", beside=(Weight,)
     ),
     SyntheticGram: Need(
         "any",
         (),
         "second moment of the layer's neurons on tokens drawn by Zipf's law over the vocabulary's order",
         "drawn tokens (Zipf's law over the vocabulary), no text",
-        beside=Units,
+        beside=(Units,),
     ),
     Context: Need("any", (), "random streams, resumable state, artifacts, sharing of work"),
 }
@@ -182,21 +233,41 @@ class Method:
     when: str
     speedup: str
     learned: bool
+    axes: tuple[Axis, ...]
     function: Callable[..., Any]
     needs: dict[str, type]
     schema: type[pydantic.BaseModel]
     help: dict[str, str] = field(default_factory=dict)
+    only: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def scope(self) -> str:
-        """Called once for the whole network or all matrices, or once for the units of each block or for each matrix."""
+        """Called once for the whole network, all matrices or all blocks, or for the units of each block or each matrix."""
         scopes = {NEEDS[need].scope for need in self.needs.values()} - {"any"}
         return scopes.pop()
 
     @property
     def data(self) -> str:
-        asked = dict.fromkeys(NEEDS[need].data for need in self.needs.values() if NEEDS[need].data)
+        said: dict[str, list[str]] = {}
+        for name, need in self.needs.items():
+            if NEEDS[need].data:
+                said.setdefault(NEEDS[need].data, []).append(self._condition(name))
+        asked = [f"{data} ({' or '.join(when)})" if all(when) else data for data, when in said.items()]
+        if said and all(all(when) for when in said.values()):
+            return "; ".join(["none: weights only", *asked])
         return ", ".join(asked) or "none: weights only"
+
+    def _condition(self, name: str) -> str:
+        """Under which parameters something is asked for; "" where always."""
+        return " and ".join(f"{key}={value}" for key, value in self.only.get(name, {}).items())
+
+    def asked(self, parameters: Mapping[str, Any]) -> dict[str, type]:
+        """What it asks for with these parameters; anything else is given as None."""
+        return {
+            name: need
+            for name, need in self.needs.items()
+            if all(parameters[key] == value for key, value in self.only.get(name, {}).items())
+        }
 
     @property
     def statistics(self) -> set[type]:
@@ -212,7 +283,7 @@ class Method:
     def others(self) -> list[str]:
         """Its parameters that name another method."""
         hints = typing.get_type_hints(self.function, include_extras=True)
-        return [name for name, hint in hints.items() if hint is MaskFrom]
+        return [name for name, hint in hints.items() if hint in (MaskFrom, UnitsFrom)]
 
     @property
     def caution(self) -> str:
@@ -241,7 +312,7 @@ class Method:
             name: known[name].default for name in known if _is_other(known[name]) and known[name].default is not None
         }
         try:
-            return dict(self.schema(**{**lazy, **parameters}))
+            read = dict(self.schema(**{**lazy, **parameters}))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
@@ -249,6 +320,10 @@ class Method:
                 f"{self.name}: {name}={first['input']!r} was refused: {message(first)}."
                 + (f" ({name}: {self.help[name]})" if name in self.help else "")
             ) from error
+        for axis in read["axis"] if self.scope == "units" else ():
+            if axis not in self.axes:
+                raise RequestError(f"{self.name} cuts {' and '.join(self.axes)} only, not {axis}; leave `axis` out.")
+        return read
 
     def card(self) -> dict[str, Any]:
         """The card as plain data, for --json and the docs."""
@@ -265,7 +340,11 @@ class Method:
             "decides": "learned" if self.learned else "criterion",
             "data": self.data,
             "scope": self.scope,
-            "needs": {name: NEEDS[need].what for name, need in self.needs.items()},
+            "cuts": ", ".join(self.axes) if self.scope in ("units", "network") else "",
+            "needs": {
+                name: NEEDS[need].what + (f" ({when})" if (when := self._condition(name)) else "")
+                for name, need in self.needs.items()
+            },
             "parameters": {
                 name: {"default": properties[name].get("default"), "help": self.help.get(name, "")}
                 for name in properties
@@ -285,6 +364,8 @@ def method(
     when: Literal["before training", "during training", "after training", "at inference"],
     speedup: Literal["universal", "specific", "none"],
     learned: bool = False,
+    axes: tuple[Axis, ...] = AXES,
+    only: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as a method. A signature that breaks the contract is a TypeError at import.
 
@@ -294,6 +375,9 @@ def method(
         claim: one sentence: what the source claims.
         speedup: universal (dense, smaller matrices), specific (needs hardware or kernels), none.
         learned: units are chosen by something trained, not by a fixed criterion.
+        axes: the units that it can cut, for a method that cuts some.
+        only: what is asked for under some parameters alone, {asked for: {parameter: value}}; it is None otherwise, and its
+            type says so.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -304,8 +388,11 @@ def method(
         hints = typing.get_type_hints(function, include_extras=True)
         needs: dict[str, type] = {}
         fields: dict[str, Any] = {}
+        conditions = only or {}
         for parameter in inspect.signature(function).parameters.values():
             hint = hints.get(parameter.name)
+            if parameter.name in conditions and isinstance(hint, types.UnionType):
+                hint = next(each for each in typing.get_args(hint) if each is not types.NoneType)
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 if parameter.default is inspect.Parameter.empty or hint is None:
                     raise TypeError(
@@ -316,6 +403,10 @@ def method(
                 needs[parameter.name] = hint
             else:
                 raise TypeError(f"{name}: '{parameter.name}' asks for {hint}, which no engine provides")
+        if unknown := set(conditions) - set(needs) | {key for when in conditions.values() for key in when} - set(
+            fields
+        ):
+            raise TypeError(f"{name}: only={conditions} names {sorted(unknown)}, which the signature does not hold")
         scopes = {NEEDS[need].scope: NEEDS[need].returns for need in needs.values() if NEEDS[need].scope != "any"}
         if len(scopes) != 1 or hints.get("return") not in next(iter(scopes.values())):
             raise TypeError(f"{name}: must ask for one scope and return what that scope returns, found {scopes}")
@@ -326,9 +417,10 @@ def method(
         fields |= {key: (hint, default) for key, (hint, default, _) in common.items()}
         for parameter_name, need in needs.items():
             beside = NEEDS[need].beside
-            if beside is not None and beside not in needs.values():
+            if beside and not set(beside) & set(needs.values()):
+                given = " or ".join(other.__name__ for other in beside)
                 raise TypeError(
-                    f"{name}: '{parameter_name}' asks for {need.__name__}, which is given only beside {beside.__name__}"
+                    f"{name}: '{parameter_name}' asks for {need.__name__}, which is given only beside {given}"
                 )
         schema = pydantic.create_model(
             name, __config__=pydantic.ConfigDict(extra="forbid", validate_default=False), **fields
@@ -341,8 +433,8 @@ def method(
         if missing := own - set(help_texts):
             raise TypeError(f"{name}: the docstring says nothing of {sorted(missing)}")
         _registry[name] = Method(
-            name, kind, paper, claim, when, speedup, learned, function, needs, schema,
-            {key: common[key][2] if key in common else help_texts[key] for key in fields},
+            name, kind, paper, claim, when, speedup, learned, axes, function, needs, schema,
+            {key: common[key][2] if key in common else help_texts[key] for key in fields}, conditions,
         )  # fmt: skip
         return function
 

@@ -18,6 +18,14 @@ from secateur.network.source import Source
 from secateur.recipe import Evaluate, Recipe
 from secateur.registry import find
 
+UNITS = {"neurons": "feed-forward neurons", "heads": "attention heads (by shared keys and values)"}
+"""What the units of an axis are called."""
+_WHY_CODE = (
+    "Its blocks differ from each other, which the architecture has no words for: `per_layer_config` in `config.json` says "
+    "what each block has, and `{code}` builds the blocks so, by the architecture's own classes. That file is code, so "
+    "`transformers` asks for `trust_remote_code=True`; it needs nothing but `transformers` and `torch`."
+)
+
 
 def measure(
     original: Source, result: Source, wanted: Evaluate | bool, max_memory: int, progress: Progress = silent
@@ -50,7 +58,7 @@ def measure(
 
 
 def summary(receipt: Mapping[str, Any]) -> list[str]:
-    """One line per step: how many units are left, of how many, or how many weights are zero."""
+    """One line per step: how many units are left, of how many, how many weights are zero, or which blocks are gone."""
     lines = []
     for decision in receipt["decisions"]:
         if matrices := decision.get("matrices"):
@@ -58,13 +66,33 @@ def summary(receipt: Mapping[str, Any]) -> list[str]:
             lines.append(f"{decision['method']}: {removed:,} of {of:,} weights ({removed / of:.2%}) are zero")
             lines[-1] += f", in {len(matrices)} matrices"
             continue
-        units = decision["units"].values()
-        kept, of = sum(unit["kept"] for unit in units), sum(unit["of"] for unit in units)
-        each = sorted({(unit["kept"], unit["of"]) for unit in units})
-        shape = f"{each[0][0]} of {each[0][1]} in each of {len(units)} blocks" if len(each) == 1 else "differing widths"
-        reached = f", {1 - kept / of:.1%} removed" if of else ""
-        lines.append(f"{decision['method']}: feed-forward neurons {shape}{reached}")
+        if blocks := decision.get("blocks"):
+            lines.append(_blocks_line(decision["method"], blocks))
+            continue
+        for axis, units in decision["units"].items():
+            kept, of = (sum(unit[key] for unit in units.values()) for key in ("kept", "of"))
+            each = sorted({(unit["kept"], unit["of"]) for unit in units.values()})
+            alike = f"{each[0][0]} of {each[0][1]} in each of {len(units)} blocks"
+            lines.append(
+                f"{decision['method']}: {UNITS[axis]} {alike if len(each) == 1 else 'differing widths'}, "
+                f"{1 - kept / of:.1%} removed"
+            )
+        if not decision["units"]:
+            lines.append(f"{decision['method']}: nothing was cut")
     return lines
+
+
+def _blocks_line(method: str, blocks: Mapping[str, Any]) -> str:
+    """Which blocks were removed, and by what scores."""
+    removed, scores = blocks["removed"], blocks["scores"]
+    said = f"{method}: {len(removed)} of {blocks['of']} blocks removed ({len(removed) / blocks['of']:.1%})"
+    if removed:
+        said += f": {', '.join(map(str, removed))}"
+    for what, indices in (("removed", removed), ("kept", blocks["kept"])):
+        found = [scores[str(index)] for index in indices if str(index) in scores]
+        if found:
+            said += f"; scores of those {what} {min(found):.4g} to {max(found):.4g}"
+    return said
 
 
 def show(receipt: Mapping[str, Any], output: Path, console: Console) -> None:
@@ -123,12 +151,15 @@ def model_card(receipt: Mapping[str, Any]) -> str:
     # the hub links a base model and refuses what it cannot link; of a directory here `base` is the folder's name alone
     if base == source["model"] and re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         front["base_model"] = base
+    code = receipt.get("code", [])
+    trust, why = (", trust_remote_code=True", _WHY_CODE.format(code=", ".join(code))) if code else ("", "")
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=True)}---",
         f"# {base}, compressed",
         f"Made with Secateur (base: {base}). It opens with plain `transformers`:",
         "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")\n```',
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory"{trust})\n```',
+        why,
         "## What was done",
         "\n".join(f"- {line}" for line in summary(receipt)),
         "\n".join(f"- {sentence}" for d in receipt["decisions"] for sentence in d["warnings"]),

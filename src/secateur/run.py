@@ -21,7 +21,9 @@ from secateur.checks import check_steps
 from secateur.context import Progress, barrier, process_group, processes, silent
 from secateur.errors import RequestError, RunError
 from secateur.files import sha256, write_json, write_text
+from secateur.layer_stage import LayerStage
 from secateur.network.clean_load import peak
+from secateur.network.modelling_file import FILE
 from secateur.network.source import Source, check_device, open_model
 from secateur.network.store import check_output
 from secateur.network.verify import CleanProcess, verify
@@ -29,7 +31,8 @@ from secateur.network.zeros import size_under_zstd
 from secateur.recipe import Recipe
 from secateur.report import measure, model_card
 from secateur.stage import Stage
-from secateur.unit_stage import UnitStage
+from secateur.unit_stage import PlanStage, UnitStage
+from secateur.units import Sizes
 from secateur.weight_stage import WeightStage
 from secateur.workspace import RECEIPT, Workspace
 
@@ -167,20 +170,20 @@ class Run:
     progress: Progress
     clean: CleanProcess | None
 
-    def look(self, restart: bool) -> tuple[Source, Workspace, str, dict[int, int] | None]:
+    def look(self, restart: bool) -> tuple[Source, Workspace, str, Sizes | None]:
         """Everything that can be refused before the weights are read; writes nothing.
 
-        Returns: the source, the output directory and what it is to this run, the widths after the last step.
+        Returns: the source, the output directory and what it is to this run, the units left after the last step.
         """
         check_device(self.device)
         source = open_model(self.spec, trust_remote_code=self.trust_remote_code)
         check_output(self.output, source)
         workspace = Workspace(self.output, self._identity(source))
         found = workspace.check(restart)
-        widths = check_steps(source, self.recipe.steps) if found != "finished" else None
+        sizes = check_steps(source, self.recipe.steps) if found != "finished" else None
         if source.tensors and found == "fresh":
             _ = source.parts  # a checkpoint that lacks a parameter is refused here
-        return source, workspace, found, widths
+        return source, workspace, found, sizes
 
     def go(self, restart: bool) -> Result:
         started = time.time()
@@ -328,6 +331,8 @@ class Run:
             "versions": {name: version(name) for name in ("secateur", "torch", "transformers", "safetensors")}
             | {"python": platform.python_version()},
         }  # fmt: skip
+        if (self.output / FILE).exists():
+            receipt["code"] = [FILE]
         if any(stage.step.registered.caution for stage in stages):
             receipt["stored"] = _stored(source, self.output)
         receipt["card"] = measure(
@@ -368,6 +373,9 @@ def _in_memory(module: nn.Module, recipe: Recipe, device: str, progress: Progres
 def make_stage(recipe: Recipe, index: int, source: Source, target: Path, state: Path, **options: Any) -> Stage:
     """The stage that does step `index` of a recipe; which kind follows from what its method asks for."""
     step = recipe.steps[index]
-    if step.registered.scope == "weight":
-        return WeightStage(source, step, index, recipe.seed, target, state, **options, calibration=recipe.calibration)
-    return UnitStage(source, step, index, recipe.seed, target, state, **options)
+    kind: type[WeightStage] | type[LayerStage] | type[UnitStage] = UnitStage
+    if step.registered.scope == "network":
+        return PlanStage(source, step, index, recipe.seed, target, state, **options)
+    if step.registered.scope in ("weight", "blocks"):
+        kind = WeightStage if step.registered.scope == "weight" else LayerStage
+    return kind(source, step, index, recipe.seed, target, state, **options, calibration=recipe.calibration)

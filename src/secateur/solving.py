@@ -1,4 +1,4 @@
-"""Calls a method for one matrix with what it asks for, other methods that it names first."""
+"""Calls a method for one matrix, or one block's units, with what it asks for, other methods that it names first."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,9 +21,9 @@ class Solver:
     """A method for single weights with its parameters, and the methods whose masks it takes.
 
     Args:
-        method: asks for a Weight.
+        method: asks for a Weight, or for Units.
         parameters: its own, without those of the engine.
-        others: by parameter: who makes the mask that is handed in there.
+        others: by parameter: whose mask, or choice of units, is handed in there.
     """
 
     method: Method
@@ -39,6 +39,11 @@ class Solver:
                 others[name] = cls.of(find(other), given)
         own = {name: value for name, value in parameters.items() if name in method.own and name not in others}
         return cls(method, own, others)
+
+    @property
+    def needs(self) -> set[type]:
+        """What all of them ask for."""
+        return set(self.method.needs.values()).union(*(other.needs for other in self.others.values()))
 
     @property
     def statistics(self) -> set[type]:
@@ -61,24 +66,29 @@ class Solver:
 
         Raises RunError naming the matrix when what the method gives is no mask or no finite matrix of its shape.
         """
-        masks = {
-            name: other.solve(weight, budget, statistics, gradients, context).kept
-            for name, other in self.others.items()
-        }
-        given: dict[str, Any] = {}
-        for name, need in self.method.needs.items():
-            if need in INPUT_STATISTICS:
-                given[name] = statistics.view(need)
-            else:
-                given[name] = {Weight: weight, Budget: budget, Context: context, Gradients: gradients}[need]
-        try:
-            found: Mask | Update = self.method.function(**given, **self.parameters, **masks)
-        except torch.linalg.LinAlgError as error:
-            raise RunError(
-                f"{self.method.name}, {weight.name}: {str(error).rstrip('.')}; use more damping or more calibration tokens."
-            ) from error
+        given = {Weight: weight, Budget: budget, Context: context, Gradients: gradients}
+        found: Mask | Update = self.ask(given, statistics, weight.name)
         _check(found, weight, f"{self.method.name}, {weight.name}")
         return found
+
+    def ask(self, given: Mapping[type, Any], statistics: Statistics, where: str) -> Any:
+        """Calls the method with what it asks for, those that it names first: what they keep is handed in.
+
+        given: by type; what is said of inputs comes from `statistics`. where: of what it is asked.
+
+        Raises RunError where its algebra fails.
+        """
+        kept = {name: other.ask(given, statistics, where).kept for name, other in self.others.items()}
+        asked = {
+            name: statistics.view(need) if need in INPUT_STATISTICS else given[need]
+            for name, need in self.method.needs.items()
+        }
+        try:
+            return self.method.function(**asked, **self.parameters, **kept)
+        except (torch.linalg.LinAlgError, FloatingPointError) as error:
+            raise RunError(
+                f"{self.method.name}, {where}: {str(error).rstrip('.')}; use more damping or more calibration tokens."
+            ) from error
 
     def fall_back(self, weight: Weight, budget: Budget) -> Mask:
         """For a matrix that no token has reached: the smallest weights go, since nothing is known of its inputs."""
@@ -114,17 +124,23 @@ def zero_where_removed(matrix: Tensor, kept: Tensor, rows: int = 1024) -> bool:
     )
 
 
-def relative_error(inputs: Tensor, before: Tensor, found: Mask | Update, rows: int = 1024) -> float:
-    """‖X (W − Ŵ)ᵀ‖² / ‖X Wᵀ‖² of the rows X of `inputs`, some outputs at a time.
+def relative_error(
+    inputs: Tensor, before: Tensor, found: Mask | Update, shift: Tensor | None = None, rows: int = 1024
+) -> float:
+    """‖X (W − Ŵ)ᵀ − s‖² / ‖X Wᵀ‖² of the rows X of `inputs`, some outputs at a time.
 
     Args:
         inputs: (t, d).
         before: (r, d) W; found says Ŵ.
+        shift: (r,) s, what is added to the bias.
     """
     change = whole = 0.0
     for start in range(0, len(before), rows):
         part, kept = before[start : start + rows], found.kept[start : start + rows]
         gone = part.masked_fill(kept, 0.0) if isinstance(found, Mask) else part - found.matrix[start : start + rows]
-        change += float(linear(inputs, gone).square().sum(dtype=torch.float64))
+        lost = linear(inputs, gone)
+        if shift is not None:
+            lost = lost - shift[start : start + rows]
+        change += float(lost.square().sum(dtype=torch.float64))
         whole += float(linear(inputs, part).square().sum(dtype=torch.float64))
     return change / whole if whole else 0.0

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from secateur.context import Context, Progress, barrier, processes, silent
 from secateur.errors import RunError
-from secateur.files import write_json
+from secateur.files import write_json, write_text
 from secateur.network.source import Source
 from secateur.network.store import (
     companions,
     copy_companions,
+    model_code,
     shard_name,
     stored_dtype,
     write_config,
@@ -64,7 +65,7 @@ class Stage(ABC):
         """Writes the result to `target`; what is finished already is not done again."""
         journal = Journal(self.state)
         self._prepare()
-        work = pieces(self.source, self.shard_bytes)
+        work = self._pieces()
         done = {entry["shard"] for entry in journal.entries() if (self.target / entry.get("shard", "")).is_file()}
         mine = [piece for piece in work if self._is_mine(piece)]
         with self.progress("writing", len(mine)) as bar:
@@ -112,6 +113,10 @@ class Stage(ABC):
         process wrote it.
         """
 
+    def _pieces(self) -> list[Piece]:
+        """What is read, changed and written together, in order."""
+        return pieces(self.source, self.shard_bytes)
+
     def _is_mine(self, piece: Piece) -> bool:
         """Whether this process works on a piece: they are shared out."""
         rank, world = processes()
@@ -150,7 +155,11 @@ class Stage(ABC):
         floats = [dtype for dtype in stored if dtype.is_floating_point]
         self._leave()
         # said before they appear, so that a restart knows them for ours
-        write_json(self.state / COMPANIONS, {"files": [path.name for path in companions(self.source)]})
+        config = self.config()
+        code = model_code(self.source, config)
+        write_json(self.state / COMPANIONS, {"files": [path.name for path in companions(self.source)] + [*code]})
         copy_companions(self.source, self.target)
         write_index(self.target, shards)
-        write_config(self.target, self.config(), floats[0] if len(floats) == 1 else None)
+        for name, text in code.items():
+            write_text(self.target / name, text)
+        write_config(self.target, config, floats[0] if len(floats) == 1 else None)

@@ -1,216 +1,250 @@
-"""A step that removes feed-forward neurons: plan or cut block by block, then write narrower tensors."""
+"""Steps that remove whole units: planned for the network at once, or decided block by block."""
 
 import json
 import logging
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from secateur.block_stage import BlockStage, Loaded, errors
+from secateur.calibration.passes import Rows
+from secateur.calibration.statistics import Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
 from secateur.context import Context, barrier, processes
-from secateur.errors import RequestError, RunError
-from secateur.files import read_tensors, write_json, write_tensors, write_text
+from secateur.cuts import Cuts
+from secateur.errors import RequestError
+from secateur.files import write_json, write_tensors, write_text
+from secateur.network.anatomy import Axis, Block
+from secateur.network.matrices import MatrixRef, view
 from secateur.network.store import resized_config
 from secateur.network.stream import Fetch, Piece
-from secateur.network.surgery import cut_module, cut_tensors, silence_tensors
-from secateur.network.views import Cut, Network, Plan, Units
+from secateur.network.surgery import cut_module, silence_tensors
+from secateur.network.views import Cut, Network, Plan, Units, Update, units_of
+from secateur.solving import relative_error
 from secateur.stage import Stage
+from secateur.units import asked_axes, planned_sizes
 from secateur.workspace import Journal
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class UnitStage(Stage):
-    """A step whose method sees the neurons of one block, or all of them, and says which stay."""
+class _CutsUnits(Stage):
+    """What both kinds share: the cuts are in files, and the result follows from them."""
 
-    grams: dict[int, SyntheticGram] = field(default_factory=dict)
+    @property
+    def cuts(self) -> Cuts:
+        return Cuts(self.source, self.state / "cuts", self.step.method)
 
-    def _prepare(self) -> None:
-        plan = self._plan() if self.step.registered.scope == "network" else None
-        if plan is not None:
-            resized_config(self.source, {block: len(cut.kept) for block, cut in plan.cuts.items()})
-        if SyntheticGram in self.step.registered.needs.values():
-            self._collect()
+    def decided(self) -> dict[str, Any]:
+        return {"units": self.cuts.decided()}
+
+    def config(self) -> dict[str, Any]:
+        return resized_config(self.source, self.cuts.sizes())
+
+    def expected(self) -> Fetch:
+        fetch = self.cuts.silenced()
+        return lambda names: {name: self._cast(name, tensor).float() for name, tensor in fetch(names).items()}
 
     def apply(self, module: nn.Module) -> None:
-        cuts = self.cuts_in_memory()
+        self._decide_all()
+        cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
         try:
             # so that a module whose widths its configuration can say may be saved
-            for key, value in resized_config(self.source, {b: len(cut.kept) for b, cut in cuts.items()}).items():
+            for key, value in resized_config(self.source, self.cuts.sizes(), plain=True).items():
                 if getattr(self.source.config, key, value) != value:
                     setattr(self.source.config, key, value)
         except RequestError as error:
             logger.info("the cut module keeps the configuration that it had: %s", error)
         cut_module(module, self.source.anatomy, cuts)
-        self.notes["kept"] = {str(block): len(cut.kept) for block, cut in cuts.items()}
+        self.notes["kept"] = {axis: {str(b): n for b, n in kept.items()} for axis, kept in self.cuts.sizes().items()}
 
-    def seconds(self) -> float:
-        begun = time.time()
-        self.collect_in_memory()
-        once, begun = time.time() - begun, time.time()
-        layers = [block.index for block in self.source.anatomy.blocks if block.feed_forward]
-        self.cuts_in_memory(layers[:1])
-        return once + (time.time() - begun) * len(layers)
-
-    def decided(self) -> dict[str, Any]:
-        blocks = self.source.anatomy.blocks
-        units = {
-            str(block): {"kept": width, "of": blocks[block].feed_forward.units}  # type: ignore[union-attr]
-            for block, width in self.widths().items()
-        }
-        return {"units": units}
-
-    def config(self) -> dict[str, Any]:
-        return resized_config(self.source, self.widths())
+    @abstractmethod
+    def _decide_all(self) -> None:
+        """Decides every cut, for a live module."""
 
     def _leave(self) -> None:
         if self.artifacts is not None:
-            kept = {f"block {block}": self.cut(block).kept for block in self._cut_blocks()}
-            write_tensors(self.artifacts / "kept.safetensors", kept)
+            write_tensors(self.artifacts / "kept.safetensors", self.cuts.kept())
 
-    def cuts_in_memory(self, blocks: Sequence[int] | None = None) -> dict[int, Cut]:
-        """The cuts alone, nothing written: for live modules, and for timing on some `blocks` only."""
-        layers = [b for b in self.source.anatomy.blocks if b.feed_forward and (blocks is None or b.index in blocks)]
-        context = Context(self.seed, self.index, progress=self.progress)
-        cuts: dict[int, Cut] = {}
-        if self.step.registered.scope == "network":
-            cuts = dict(self._call(Network(self.source, self.device, blocks), context).cuts)
-            for index, cut in cuts.items():
-                self._check_cut(index, cut)
-        self.collect_in_memory()
-        for block in layers if self.step.registered.scope == "units" else []:
-            assert block.feed_forward is not None
-            cuts[block.index] = self._call(Units(self.source, block.index, block.feed_forward, self.device), context)
-            self._check_cut(block.index, cuts[block.index])
-        self.notes, self.warnings = context.notes, context.warnings
-        return cuts
 
-    def collect_in_memory(self) -> None:
-        """The statistics that the method asks for, if any; once."""
-        if SyntheticGram in self.step.registered.needs.values() and not self.grams:
-            synthetic_grams(self.source, Context(self.seed, self.index).generator("zipf"), self.grams.__setitem__)
+@dataclass
+class PlanStage(_CutsUnits):
+    """A step whose method sees all neurons at once and says which stay."""
 
-    def widths(self) -> dict[int, int]:
-        """Units kept in each block, as they were written."""
-        return {block: len(self.cut(block).kept) for block in self._cut_blocks()}
+    def seconds(self) -> float:
+        begun = time.time()
+        layers = [block.index for block in self.source.anatomy.blocks if block.feed_forward]
+        self._ask(Context(self.seed, self.index), layers[:1])
+        return (time.time() - begun) * len(layers)
 
-    def cut(self, block: int) -> Cut:
-        """The cut of a block, as it was planned and kept in the state."""
-        tensors, _ = read_tensors(self.state / "cuts" / f"{block}.safetensors")
-        return Cut(tensors["kept"], tensors.get("down"), tensors.get("down_bias"))
+    def _prepare(self) -> None:
+        self._decide_all()
+        resized_config(self.source, self.cuts.sizes())
 
-    def expected(self) -> Fetch:
-        """The source's parameters with what was cut silenced instead: the reload check runs the uncut network with them.
+    def _decide_all(self) -> None:
+        """The plan is made once, then read from the state."""
+        marker = self.state / "plan.json"
+        made = marker.exists()
+        barrier()  # everybody has looked before the first process can have written it
+        if not made:
+            context = self._context("method")
+            plan = self._ask(context)
+            if processes()[0] == 0:
+                for block, cut in plan.cuts.items():
+                    self.cuts.save(block, "neurons", cut)
+                write_json(marker, {"notes": context.notes, "warnings": context.warnings})
+            barrier()
+        said = json.loads(marker.read_text())
+        self.notes.update(said["notes"])
+        self.warnings += said["warnings"]
 
-        Nothing of what cut and wrote the result is used again, so a mistake there shows.
-        """
-        inside = {name: block for block in self.source.anatomy.blocks for name in block.parameters}
-        cut_blocks = set(self._cut_blocks())
-
-        def fetch(names: Sequence[str]) -> Mapping[str, Tensor]:
-            tensors = self.source.read_parameters(names)
-            for block in {inside[name].index: inside[name] for name in names if name in inside}.values():
-                if block.index in cut_blocks and block.feed_forward:
-                    tensors.update(silence_tensors(tensors, block.feed_forward, self.cut(block.index)))
-            return {name: self._cast(name, tensor).float() for name, tensor in tensors.items()}
-
-        return fetch
-
-    def _cut_blocks(self) -> list[int]:
-        return sorted(int(path.stem) for path in (self.state / "cuts").glob("*.safetensors"))
-
-    def _call(self, scope: Network | Units, context: Context) -> Any:
+    def _ask(self, context: Context, blocks: Sequence[int] | None = None) -> Plan:
         registered = self.step.registered
-        provided = {Context: lambda: context, SyntheticGram: lambda: self._grams(scope)}
-        given = {name: provided.get(need, lambda: scope)() for name, need in registered.needs.items()}
+        network = Network(self.source, self.device, blocks)
+        given = {name: network if need is Network else context for name, need in registered.needs.items()}
         # gradients stay possible: weights come without them, and a method that learns takes its own
-        return registered.function(**given, **self._parameters(registered, self.step.parameters))
+        plan: Plan = registered.function(**given, **self._parameters(registered, self.step.parameters))
+        return plan
 
-    def _grams(self, scope: Any) -> SyntheticGram:
-        return self.grams.get(scope.block) or SyntheticGram.read(self.state / "grams" / f"{scope.block}.safetensors")
+    def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any]:
+        tensors = self.source.read(piece.keys)
+        self.cuts.apply([self.source.anatomy.blocks[index] for index in piece.blocks], tensors)
+        tensors = {key: self._cast(key, tensor) for key, tensor in tensors.items()}
+        write_tensors(self.target / name, tensors, {"format": "pt"})
+        return {"tensors": {key: tensor.nbytes for key, tensor in tensors.items()}}
+
+
+@dataclass
+class UnitStage(_CutsUnits, BlockStage):
+    """A step whose method sees the units of one kind in one block."""
+
+    skip = 4
+
+    def __post_init__(self) -> None:
+        self.sizes = planned_sizes(self.source, self.step) or {}
+        self.settled: dict[str, dict[str, Any]] = {}
+        self._found: dict[int, dict[Axis, Cut]] = {}
+        super().__post_init__()
+
+    def _refs(self) -> dict[int, list[MatrixRef]]:
+        """The output matrices of the units."""
+        refs: dict[int, list[MatrixRef]] = {}
+        self._axes: dict[str, Axis] = {}
+        for block in self.source.anatomy.blocks:
+            for axis in asked_axes(self.step):
+                group = block.group(axis)
+                assert group is not None, "checked before"
+                part, columns = group.output, group.count * group.output.width
+                self._axes[part.parameter] = axis
+                refs.setdefault(block.index, []).append(
+                    MatrixRef(
+                        part.parameter, part.parameter, None, self.source.anatomy.hidden, columns, part.dim == 0,
+                        block.index, axis,
+                    )
+                )  # fmt: skip
+        return refs
+
+    def _decide_all(self) -> None:
+        self._prepare()
+        said = []
+        for block in self.source.anatomy.blocks:
+            said.append(self._do(block))
+            self._forget(block.index)
+        self._conclude(said)
+
+    def seconds(self) -> float:
+        begun = time.time()
+        self._collect()
+        return time.time() - begun + super().seconds()
+
+    def decided(self) -> dict[str, Any]:
+        units = super().decided()["units"]
+        for name, entry in self.settled.items():
+            axis, block = self._axes[name], next(index for index, refs in self.refs.items() if _named(refs, name))
+            units[axis][str(block)] |= entry
+        return {"units": units}
+
+    def _prepare(self) -> None:
+        self._collect()
+        super()._prepare()
+
+    def _conclude(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        super()._conclude(entries)
+        for entry in entries:
+            self.settled.update(entry.get("settled", {}))
+        self.notes.update(errors(self.settled))
+
+    def _beside(self, block: Block) -> set[str]:
+        groups = (block.group(axis) for axis in asked_axes(self.step))
+        return {group.output_bias for group in groups if group and group.output_bias}
+
+    def _settle(
+        self, number: int, ref: MatrixRef, loaded: Loaded, seen: Statistics, rows: Rows, context: Context
+    ) -> dict[str, Any]:
+        axis = self._axes[ref.parameter]
+        group = self.cuts.group(ref.block, axis)
+        units = units_of(self.source, ref.block, axis, self.sizes[axis][ref.block], self.device)
+        given: dict[type, Any] = {Units: units, Context: context}
+        if SyntheticGram in self.solver.needs:
+            given[SyntheticGram] = SyntheticGram.read(self._gram(ref.block))
+        cut: Cut = self.solver.ask(given, seen, units.name)
+        self.cuts.check(ref.block, axis, cut)
+        self._found.setdefault(ref.block, {})[axis] = cut
+        entry: dict[str, Any] = {"notes": context.notes} if context.notes else {}
+        names = [name for name in (group.output.parameter, group.output_bias) if name]
+        silenced = silence_tensors({name: loaded.base(name) for name in names}, group, cut)
+        before = {name: loaded.base(name).clone() for name in names}
+        for name, tensor in silenced.items():
+            rounded = self._cast(name, tensor, self._written(name))
+            for place in {id(t): t for t in (loaded.base(name), loaded.working[name])}.values():
+                place.copy_(rounded)
+        old, new = (view(ref, tensors[ref.parameter]).float() for tensors in (before, silenced))
+        shift = None
+        if group.output_bias and cut.output_bias is not None:
+            shift = (silenced[group.output_bias] - before[group.output_bias]).float()
+        for held_out, key in ((False, "calibration_error"), (True, "held_out_error")):
+            inputs = rows(ref.name, held_out)
+            if inputs is not None:
+                entry[key] = relative_error(inputs, old, Update(new, torch.ones_like(new, dtype=torch.bool)), shift)
+        return entry
+
+    def _keep(self, block: Block, loaded: Loaded, write: bool) -> None:
+        found = self._found.pop(block.index, {})
+        for axis, cut in found.items() if write else ():
+            self.cuts.save(block.index, axis, cut)
+
+    def _change(self, blocks: Sequence[Block], tensors: dict[str, Tensor]) -> None:
+        self.cuts.apply(blocks, tensors)
+
+    def _kept(self, block: int) -> bool:
+        return any(index == block for index, _ in self.cuts.known())
+
+    def _gram(self, block: int) -> Path:
+        return self.state / "grams" / f"{block}.safetensors"
 
     def _collect(self) -> None:
-        """Statistics of every block, kept in the state; the first process computes them for all."""
+        """Statistics without data of every block, kept in the state; the first process computes them for all."""
+        if SyntheticGram not in self.solver.needs:
+            return
         marker = self.state / "grams" / "complete"
         if processes()[0] == 0 and not marker.exists():
             blocks = sum(block.feed_forward is not None for block in self.source.anatomy.blocks)
             with self.progress("statistics", blocks) as bar:
 
                 def keep(block: int, gram: SyntheticGram) -> None:
-                    gram.write(self.state / "grams" / f"{block}.safetensors")
+                    gram.write(self._gram(block))
                     bar.advance()
 
                 synthetic_grams(self.source, self._context("grams").generator("zipf"), keep)
             write_text(marker, "")
         barrier()
 
-    def _plan(self) -> Plan:
-        """The plan of a method that sees the whole network: made once, then read from the state."""
-        marker = self.state / "plan.json"
-        made = marker.exists()
-        barrier()  # everybody has looked before the first process can have written it
-        if not made:
-            context = self._context("method")
-            plan = self._call(Network(self.source, self.device), context)
-            if processes()[0] == 0:
-                for block, cut in plan.cuts.items():
-                    self._save(block, cut)
-                write_json(marker, {"notes": context.notes, "warnings": context.warnings})
-            barrier()
-        said = json.loads(marker.read_text())
-        self.notes.update(said["notes"])
-        self.warnings += said["warnings"]
-        return Plan({block: self.cut(block) for block in self._cut_blocks()})
 
-    def _check_cut(self, block: int, cut: Cut) -> None:
-        """Raises RunError naming the block when a method returned what cannot be done, before any of it is kept."""
-        feed_forward = self.source.anatomy.blocks[block].feed_forward
-        assert feed_forward is not None
-        kept, where = cut.kept, f"{self.step.method}, block {block}"
-        ordered = len(kept) > 0 and bool((kept[1:] > kept[:-1]).all())
-        if not ordered or int(kept[0]) < 0 or int(kept[-1]) >= feed_forward.units:
-            raise RunError(f"{where}: an impossible set of neurons was kept; nothing was cut there.")
-        for name, tensor, shape in (
-            ("output weights", cut.down, (feed_forward.hidden, len(kept))),
-            ("output bias", cut.down_bias, (feed_forward.hidden,)),
-        ):
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise RunError(f"{where}: new {name} have shape {list(tensor.shape)}, not {list(shape)}.")
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
-                raise RunError(
-                    f"{where}: the new {name} hold non-finite values; use a smaller ratio, other parameters of the method "
-                    "or another seed."
-                )
-
-    def _save(self, block: int, cut: Cut) -> None:
-        self._check_cut(block, cut)
-        tensors = {"kept": cut.kept, "down": cut.down, "down_bias": cut.down_bias}
-        write_tensors(
-            self.state / "cuts" / f"{block}.safetensors",
-            {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None},
-        )
-
-    def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any]:
-        """Reads a piece, cuts its blocks, writes its shard; says what the journal is to hold."""
-        tensors = self.source.read(piece.keys)
-        said: dict[str, Any] = {"notes": {}, "warnings": []}
-        for index in piece.blocks:
-            block = self.source.anatomy.blocks[index]
-            if self.step.registered.scope == "units" and block.feed_forward:
-                context = self._context(f"block-{index}")
-                self._save(index, self._call(Units(self.source, index, block.feed_forward, self.device), context))
-                said["notes"].update({f"block {index}: {key}": value for key, value in context.notes.items()})
-                said["warnings"] += context.warnings
-            if (self.state / "cuts" / f"{index}.safetensors").exists() and block.feed_forward:
-                cut = self.cut(index)
-                before = self.source.assemble(block.parameters, tensors)
-                for parameter, tensor in cut_tensors(before, block.feed_forward, cut).items():
-                    tensors.update(self.source.take_apart(parameter, tensor, tensors))
-        tensors = {key: self._cast(key, tensor) for key, tensor in tensors.items()}
-        write_tensors(self.target / name, tensors, {"format": "pt"})
-        return {**said, "tensors": {key: tensor.nbytes for key, tensor in tensors.items()}}
+def _named(refs: Sequence[MatrixRef], name: str) -> bool:
+    return any(ref.name == name for ref in refs)

@@ -62,6 +62,7 @@ class Collector:
         wanted: parts of `Sums`.
         bank: the module that is given each token's experts and gates, None where there is none.
         batches: how many there are of calibration and of held-out tokens; says how many rows to keep of each.
+        skip: tokens at the beginning of each sequence that are not counted, where sequences can be told apart.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Collector:
         wanted: set[str],
         bank: nn.Module | None,
         batches: Sequence[Batch],
+        skip: int = 0,
     ) -> None:
         self._refs = {ref.name: ref for ref in refs}
         self._places = {view(ref, parameters[ref.parameter]).data_ptr(): ref for ref in refs}
@@ -83,7 +85,7 @@ class Collector:
             for name, group in together.items()
             if group[0].expert is None or (parameters[name].ndim == 3 and len(group) == len(parameters[name]))
         }
-        self._wanted = wanted
+        self._wanted, self._skip = wanted, skip
         self._bank = bank
         held_out = sum(batch.held_out for batch in batches)
         self._quota = {True: -(-ROWS // max(held_out, 1)), False: -(-ROWS // max(len(batches) - held_out, 1))}
@@ -134,7 +136,7 @@ class Collector:
             return
         seat: _Seat = self._at.seat
         if seat.dense:
-            self._dense[ref.name] = inputs.reshape(-1, ref.columns)
+            self._dense[ref.name] = self._counted(inputs)
             return
         # the same tensor, or the same numbers in another shape
         point = next((name for seen, name in seat.inputs if _same(seen, inputs)), None)
@@ -145,7 +147,7 @@ class Collector:
             )
         if first:
             seat.inputs.append((inputs, point))
-            rows = inputs.reshape(-1, ref.columns)
+            rows = self._counted(inputs)
             gates = None if seat.held_out else self._gates(ref, len(rows))
             if seat.meet is None:
                 self._count(point, seat.held_out, rows, gates, self._dense.get(ref.name))
@@ -220,6 +222,12 @@ class Collector:
         if len(token) != tokens:
             raise RunError(f"{ref.name} was given {tokens} tokens, but {len(token)} are routed to its expert.")
         return gates[token, choice]
+
+    def _counted(self, inputs: Tensor) -> Tensor:
+        """(t, d) the inputs of the tokens that count. Experts are given tokens without their place: there all do."""
+        if self._skip and inputs.dim() == 3:
+            inputs = inputs[:, self._skip :]
+        return inputs.reshape(-1, inputs.shape[-1])
 
     def _count(
         self, point: str, held_out: bool, rows: Tensor, gates: Tensor | None, dense: Tensor | None = None

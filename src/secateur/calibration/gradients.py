@@ -2,18 +2,33 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from secateur.calibration.samples import Samples
 from secateur.calibration.statistics import Gradients
 from secateur.context import Progress, barrier, processes, silent
 from secateur.errors import RunError
-from secateur.files import read_tensors, write_tensors, write_text
+from secateur.files import read_json, read_tensors, write_json, write_tensors, write_text
 from secateur.network.matrices import MatrixRef, view
 from secateur.network.source import Source, load
+
+
+@dataclass(frozen=True)
+class BlockGradients:
+    """How much the loss reacts to each block: Σ over its weights of |Σ over sequences of w · ∂loss/∂w|.
+
+    Args:
+        matrices: (blocks,) over parameters of two or more dimensions.
+        vectors: (blocks,) over all others.
+    """
+
+    matrices: Tensor
+    vectors: Tensor
 
 
 def learn_gradients(
@@ -33,10 +48,7 @@ def learn_gradients(
     """
     marker = folder / "complete"
     if processes()[0] == 0 and not marker.exists():
-        model = deepcopy(source.live) if source.live is not None else None
-        if model is None:
-            model = load(source.spec, device=device, trust_remote_code=source.trust_remote_code)[0]
-        model = model.float().to(device).eval()
+        model = _whole(source, device)
         names = {ref.parameter for block in refs.values() for ref in block}
         wanted = {name: parameter for name, parameter in model.named_parameters() if name in names}
         for parameter in model.parameters():
@@ -64,6 +76,51 @@ def learn_gradients(
         write_text(folder / "samples", str(len(samples.sequences)))
         write_text(marker, "")
     barrier()
+
+
+def _whole(source: Source, device: str) -> nn.Module:
+    """The dense model in float32, a copy of a live one."""
+    model = deepcopy(source.live) if source.live is not None else None
+    if model is None:
+        model = load(source.spec, device=device, trust_remote_code=source.trust_remote_code)[0]
+    return model.float().to(device).eval()
+
+
+def learn_block_gradients(
+    source: Source, samples: Samples, path: Path, device: str = "cpu", progress: Progress = silent
+) -> BlockGradients:
+    """Sums the signed gradients of the next-token loss over the sequences, and keeps what they say of each block in `path`.
+
+    The dense model and one gradient for each parameter of its blocks are in memory, in float32. The first process does it
+    for all.
+
+    Raises RunError naming the block whose gradients are not finite.
+    """
+    if processes()[0] == 0 and not path.exists():
+        model = _whole(source, device)
+        block_of = {name: block.index for block in source.anatomy.blocks for name in block.parameters}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in block_of and parameter.is_floating_point())
+        with torch.enable_grad(), progress("gradients", len(samples.sequences)) as bar:
+            for ids in samples.sequences:
+                batch = ids.unsqueeze(0).to(device)
+                logits = model(input_ids=batch, use_cache=False).logits
+                # not cleared between sequences: the sum over them is what is wanted
+                functional.cross_entropy(logits[0, :-1].float(), batch[0, 1:]).backward()
+                bar.advance()
+        found = {kind: [0.0] * len(source.anatomy.blocks) for kind in ("matrices", "vectors")}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:  # an expert that no token reached has none
+                kind = "matrices" if parameter.ndim > 1 else "vectors"
+                size = (parameter.detach() * parameter.grad).abs().sum(dtype=torch.float64)
+                if not bool(torch.isfinite(size)):
+                    raise RunError(
+                        f"the gradients of {name} are not finite on the calibration tokens; check the model."
+                    )
+                found[kind][block_of[name]] += float(size)
+        write_json(path, found)
+    barrier()
+    return BlockGradients(**{kind: torch.tensor(sums, dtype=torch.float64) for kind, sums in read_json(path).items()})
 
 
 def pretend_gradients(folder: Path, block: int, shapes: Mapping[str, torch.Size]) -> None:

@@ -35,6 +35,7 @@ class Passes:
         kinds: the statistics that are asked for.
         refs: the matrices to settle, by block.
         folder: for hidden states.
+        skip: tokens at the beginning of each sequence that are not counted.
 
     Raises RequestError where the wishes do not go together.
     """
@@ -48,8 +49,9 @@ class Passes:
         refs: Mapping[int, Sequence[MatrixRef]],
         folder: Path,
         device: str = "cpu",
+        skip: int = 0,
     ) -> None:
-        self._source, self._wishes = source, wishes
+        self._source, self._wishes, self._skip = source, wishes, skip
         self._wanted = {part for kind in kinds for part in kind.wants}  # type: ignore[attr-defined]
         every = [ref for block in refs.values() for ref in block]
         if wishes.sequential and processes()[1] > 1:
@@ -97,7 +99,7 @@ class Passes:
         """
         last = block.index + 1 == len(self._source.anatomy.blocks)
         bank = self._source.skeleton.get_submodule(block.experts.module) if block.experts else None
-        collector = Collector(refs, working, self._wanted, bank, self.batches)
+        collector = Collector(refs, working, self._wanted, bank, self.batches, self._skip)
         if self._wishes.sequential:
             rest = self._in_passing(block, refs, collector, settle, last)
         else:

@@ -5,8 +5,10 @@ The model's own forward runs once, with nothing but what lies outside the blocks
 file n + 1, which appears by a rename, so that a killed run goes on from the last block that is done.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,7 @@ class Propagation:
                 self.batches.append(Batch(index, ids, start, held_out))
                 start += ids.numel()
         self._calls: list[list[tuple[Any, Any]]] = []
+        self._as_tuple = False  # whether blocks give their hidden states inside a tuple
         self._shared: dict[Any, list[Tensor]] = {}
 
     def capture(self, fetch: Fetch) -> None:
@@ -139,6 +142,7 @@ class Propagation:
         later = any(self.folder.glob("*.states"))
 
         def run(as_tuple: bool) -> None:
+            self._as_tuple = as_tuple
             self._calls = [[] for _ in blocks]
             self._shared.clear()
             states.clear()
@@ -212,6 +216,46 @@ class Propagation:
                 if states is not None:
                     file.write(_raw(states))
                 yield batch
+
+    def beside(self, name: str) -> "Propagation":
+        """The same tokens and calls, with other hidden states: their files lie in a folder `name` inside this one's."""
+        other = copy(self)
+        other.folder = self.folder / name
+        return other
+
+    def take(self, block: int, other: "Propagation", there: int) -> None:
+        """Makes the hidden states that another propagation's block `there` reads those that this one's `block` reads."""
+        with atomic(self._path(block), lasting=False) as partial:
+            shutil.copyfile(other._path(there), partial)
+
+    @torch.no_grad()
+    def logits(self, fetch: Fetch) -> Iterator[tuple[Batch, Tensor]]:
+        """What the model makes of the hidden states behind its last block: (sequences, tokens, vocabulary), by batch.
+
+        fetch: gives the parameters outside the blocks.
+        """
+        model, blocks = self.source.skeleton, self.source.anatomy.blocks
+        inside = {name for block in blocks for name in block.parameters}
+        modules = [model.get_submodule(block.path) for block in blocks]
+        states: list[Tensor] = []
+
+        def outside(names: Sequence[str]) -> dict[str, Tensor]:
+            wanted = [name for name in names if name not in inside]
+            return {name: tensor.to(self.device, self.dtype) for name, tensor in fetch(wanted).items()}
+
+        def give(*_: Any, **__: Any) -> Any:
+            return (states[-1],) if self._as_tuple else states[-1]
+
+        try:
+            for module in modules:
+                module.forward = give
+            with self.prepared(), fetched(model, self.source.anatomy, outside):
+                for batch in self.batches:
+                    states[:] = [self._read(len(blocks), batch)]
+                    yield batch, model(input_ids=batch.ids.to(self.device), use_cache=False).logits
+        finally:
+            for module in modules:
+                module.__dict__.pop("forward", None)
 
     def calls(self, block: int) -> list[tuple[Batch, Call]]:
         """How a block is called for each batch; its hidden states are read when the call is asked for."""

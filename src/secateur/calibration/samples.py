@@ -16,9 +16,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from secateur.context import Progress, silent
+from secateur.context import Progress, barrier, processes, silent
 from secateur.errors import RequestError
 from secateur.evaluation.text import read_text, self_written, tokenize
+from secateur.files import read_json, read_tensors, write_json, write_tensors
 from secateur.network.checkpoint import line
 from secateur.network.source import Source, load, tokenizer
 
@@ -41,6 +42,8 @@ class Calibration(BaseModel):
         inputs: whether a block's inputs come through the compressed blocks before it, or through the dense ones.
         sequential: solve each matrix as soon as all tokens have reached it, so that those after it in the block see it
             changed (true-sequential); one pass in place of two, but the activations of all tokens in a block are in memory.
+        skip: tokens at the beginning of each sequence that are passed through but not counted; default 0 for single weights
+            and 4 for units, because the activations of the first tokens are often a hundred times as large as all others.
         dtype: of the passes through blocks; statistics and solving stay in float32.
     """
 
@@ -53,6 +56,7 @@ class Calibration(BaseModel):
     order: Literal["random", "first"] = "random"
     inputs: Literal["compressed", "dense"] = "compressed"
     sequential: bool = False
+    skip: int | None = Field(default=None, ge=0)
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
@@ -171,6 +175,19 @@ def collect_samples(
             )
     by_length = sorted(windows[: wanted.count], key=len), sorted(windows[wanted.count : total], key=len)
     return Samples(*by_length, name)
+
+
+def kept_samples(
+    source: Source, wanted: Calibration, state: Path, generator: torch.Generator, seed: int, progress: Progress = silent
+) -> Samples:
+    """As `collect_samples`: collected by the first process once, then read from the folder `state`."""
+    path, name = state / "samples.safetensors", state / "samples.json"
+    if processes()[0] == 0 and not name.exists():
+        samples = collect_samples(source, wanted, generator, seed, progress)
+        write_tensors(path, samples.tensors())
+        write_json(name, samples.name)
+    barrier()
+    return Samples.from_tensors(read_tensors(path)[0], read_json(name))
 
 
 def _own(source: Source, count: int, length: int, seed: int, progress: Progress) -> list[Tensor]:

@@ -54,6 +54,10 @@ def memory(spec: str | Path, *, tokens: int = 512, dtype: str = "float32", trust
     file = source.place.file
     with CleanProcess() as process:
         answer = process.ask(
-            source.place.directory, ids, dtype=dtype, gguf=file and file.name, trust_remote_code=trust_remote_code
+            source.place.directory,
+            ids,
+            dtype=dtype,
+            gguf=file and file.name,
+            trust_remote_code=source.trust_remote_code,
         )
     return Memory(peak=answer["peak"], baseline=answer["baseline"], tokens=count, dtype=dtype)

@@ -6,9 +6,10 @@ skeleton on meta and a loaded model have the same anatomy.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from secateur.network import probe, recognise
 from secateur.network.recognise import AttentionProposal, ExpertsProposal, FeedForwardProposal, Matrix, join
@@ -17,11 +18,42 @@ from secateur.network.trace import Trace, trace
 
 @dataclass(frozen=True)
 class Slice:
-    """Where units lie in one parameter: along `dim`, the first at index `offset` (fused tensors hold several parts)."""
+    """Where units lie in one parameter: along `dim`, `width` numbers for each, the first at index `offset` (fused tensors
+    hold several parts).
+    """
 
     parameter: str
     dim: int
     offset: int = 0
+    width: int = 1
+
+    def indices(self, units: Tensor) -> Tensor:
+        """Where these units lie: (k,) gives (k · width,)."""
+        return (self.offset + units[:, None] * self.width + torch.arange(self.width, device=units.device)).flatten()
+
+
+Axis = Literal["heads", "neurons"]
+AXES: tuple[Axis, ...] = ("heads", "neurons")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The units of one kind in one block, with everything that must be cut together.
+
+    axis: "neurons" of the feed-forward layer; "heads" of attention, where those that share keys and values are one unit.
+    inputs: what makes the units, weights and biases. output: the matrix that reads them, along its inputs; its bias,
+    output_bias, is not per unit and stays whole.
+    """
+
+    axis: Axis
+    count: int
+    inputs: tuple[Slice, ...]
+    output: Slice
+    output_bias: str | None
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        return (*self.inputs, self.output)
 
 
 @dataclass(frozen=True)
@@ -56,15 +88,17 @@ class FeedForward:
         return self.gate or self.up
 
     @property
-    def slices(self) -> tuple[Slice, ...]:
-        """Everything that must be cut together."""
-        parts = (self.gate, self.up, self.gate_bias, self.up_bias, self.down, *self.others)
-        return tuple(part for part in parts if part is not None)
+    def group(self) -> Group:
+        parts = (self.gate, self.up, self.gate_bias, self.up_bias, *self.others)
+        inputs = tuple(part for part in parts if part is not None)
+        return Group("neurons", self.units, inputs, self.down, self.down_bias)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention as parameter names. `fused`: one parameter holds several of q, k, v and is named under each."""
+    """Attention as parameter names. `fused`: one parameter holds several of q, k, v and is named under each. group: its
+    heads as units, None where it is not known where they lie.
+    """
 
     module: str
     heads: int
@@ -75,6 +109,7 @@ class Attention:
     k: tuple[str, ...]
     v: tuple[str, ...]
     o: tuple[str, ...]
+    group: Group | None = None
 
     @property
     def kind(self) -> str:
@@ -116,6 +151,16 @@ class Block:
     norms: tuple[str, ...]
     note: str
 
+    def group(self, axis: Axis) -> Group | None:
+        """Its units of that kind, None where there are none or they were not recognised."""
+        part = self.feed_forward if axis == "neurons" else self.attention
+        return part.group if part else None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All its units, in the order in which tokens meet them."""
+        return tuple(group for axis in AXES if (group := self.group(axis)))
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -142,7 +187,7 @@ class _Finding:
 
     feed_forward: tuple[FeedForwardProposal, probe.FeedForwardRoles] | None
     norm: tuple[str, str | None, str | None] | None
-    attention: tuple[AttentionProposal, tuple[int, ...]] | None
+    attention: tuple[AttentionProposal, probe.AttentionRoles] | None
     experts: ExpertsProposal | None
     kind: str
     parallel: bool | None
@@ -164,7 +209,7 @@ def anatomy(model: nn.Module, config: Any = None) -> Anatomy:
     paths = {index: f"{path}.{index}" for index in range(len(blocks))}
     banks = [join(paths[index], bank) for index, block in enumerate(blocks) for bank in recognise.expert_banks(block)]
     traces = trace(model, {index: paths[index] for index in sorted(first.values())}, banks)
-    findings = {index: _examine(blocks[index], traces[index], hidden, config) for index in traces}
+    findings = {index: _examine(blocks[index], traces[index], hidden, _config_of(config, index)) for index in traces}
     found = tuple(
         _block(block, index, paths[index], findings[first[signatures[index]]], hidden)
         for index, block in enumerate(blocks)
@@ -185,6 +230,11 @@ def anatomy(model: nn.Module, config: Any = None) -> Anatomy:
         outside=tuple(name for name in sizes if name not in inside),
         parameters=sum(sizes.values()) - sum(sizes[name] for group in tied for name in group[1:]),
     )
+
+
+def _config_of(config: Any, index: int) -> Any:
+    """The configuration of one block; it has its own where blocks differ."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
 
 
 def to_dict(anatomy: Anatomy) -> dict[str, Any]:
@@ -276,7 +326,7 @@ def _refusal(refused: list[tuple[FeedForwardProposal, str]], attention: Attentio
 
 def _find_attention(
     block: nn.Module, seen: Trace, hidden: int, config: Any, taken: set[str]
-) -> tuple[tuple[AttentionProposal, tuple[int, ...]] | None, str]:
+) -> tuple[tuple[AttentionProposal, probe.AttentionRoles] | None, str]:
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return None, "The config does not say how many attention heads there are, so attention was not looked for."
@@ -349,6 +399,25 @@ def _attention(path: str, finding: _Finding) -> Attention | None:
     if finding.attention is None:
         return None
     found, roles = finding.attention
-    q, k, v = ((join(path, found.inputs[role].weight),) for role in roles)
+    q, k, v = ((join(path, found.inputs[role].weight),) for role in (roles.q, roles.k, roles.v))
     output = (join(path, found.output.weight),)
-    return Attention(join(path, found.host), found.heads, found.kv_heads, found.head_dim, found.fused, q, k, v, output)
+    return Attention(
+        join(path, found.host), found.heads, found.kv_heads, found.head_dim, found.fused, q, k, v, output,
+        _heads(path, found, roles.runs),
+    )  # fmt: skip
+
+
+def _heads(path: str, found: AttentionProposal, runs: tuple[tuple[int, int, int], ...] | None) -> Group | None:
+    if runs is None:
+        return None
+    size, inputs = found.head_dim, []
+    first = sum(length for index, _, length in runs if index == runs[0][0])
+    count = found.inputs[runs[0][0]].outputs // (first * size)
+    for index, start, length in runs:
+        matrix = found.inputs[index]
+        inputs.append(Slice(join(path, matrix.weight), matrix.output_dim, start * size, length * size))
+        if matrix.bias:
+            inputs.append(Slice(join(path, matrix.bias), 0, start * size, length * size))
+    output, bias = found.output, found.output.bias
+    columns = Slice(join(path, output.weight), 1 - output.output_dim, 0, output.inputs // count)
+    return Group("heads", count, tuple(inputs), columns, join(path, bias) if bias else None)

@@ -169,7 +169,7 @@ def _roles(module: nn.Module, block: Block, hidden: int) -> dict[str, str]:
         parts = (block.attention.q, block.attention.k, block.attention.v, block.attention.o)
         roles.update({name[prefix:]: "attention" for names in parts for name in names})
     if block.feed_forward:
-        roles.update({part.parameter[prefix:]: "feed_forward" for part in block.feed_forward.slices})
+        roles.update({part.parameter[prefix:]: "feed_forward" for part in block.feed_forward.group.slices})
     elif block.experts:
         roles.update(
             dict.fromkeys(_shared_expert(module, block.experts.module[prefix:], hidden, roles), "feed_forward")

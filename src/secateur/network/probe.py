@@ -6,7 +6,7 @@ by prepared outputs, and shows what each matrix does.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -294,12 +294,25 @@ class _Caught(nn.Module):
         return x.new_zeros(*x.shape[:-1], self.outputs)
 
 
-def try_attention(
-    host: nn.Module, proposal: AttentionProposal, hidden: int, call: Call | None
-) -> tuple[int, ...] | str:
-    """Which of the proposal's inputs are q, k and v, as indices (all 0 for one fused matrix); or why it does not hold.
+class AttentionRoles(NamedTuple):
+    """Which of the proposal's inputs are q, k and v (all 0 for one fused matrix), and where its heads lie in them.
 
-    Another q at one token changes that token alone, another k or v changes others; the output is linear in v.
+    runs: (input, first, length) in head dimensions: the first group of heads that share keys and values has these, the next
+    group those that follow them, and so on; its output columns follow each other likewise. None where heads cannot be
+    told apart, or lie in no such order.
+    """
+
+    q: int
+    k: int
+    v: int
+    runs: tuple[tuple[int, int, int], ...] | None
+
+
+def try_attention(host: nn.Module, proposal: AttentionProposal, hidden: int, call: Call | None) -> AttentionRoles | str:
+    """What the proposal's inputs do; or why it does not hold.
+
+    Another q at one token changes that token alone, another k or v changes others; the output is linear in v. Other numbers
+    in the rows of one head change the outputs of the heads that it shares keys and values with, and no others.
     """
     generator = torch.Generator().manual_seed(0)
     try:
@@ -339,6 +352,19 @@ def try_attention(
             output = run(index, given[index].value[:1].repeat(TOKENS, 1))
             return float((output - output[:1]).abs().max()) <= TOLERANCE * size
 
+        def roles(q: int, k: int, v: int) -> AttentionRoles:
+            width, touched = proposal.head_dim, []
+            for index, module in enumerate(given):
+                for place in range(module.value.shape[-1] // width):
+                    other = module.value.clone()
+                    part = slice(place * width, (place + 1) * width)
+                    other[:, part] = torch.randn(other[:, part].shape, generator=generator)
+                    changed = (run(index, other) - base).abs().amax(dim=0) > TOLERANCE * size
+                    heads = changed.unflatten(0, (-1, width)).any(dim=1).nonzero().flatten().tolist()
+                    touched.append((index, place, set(heads)))
+            whole = all(module.value.shape[-1] % width == 0 for module in given) and base.shape[1] % width == 0
+            return AttentionRoles(q, k, v, _runs(touched, base.shape[1] // width) if whole else None)
+
         local_only: list[int] = []
         spreading: list[int] = []
         for index, module in enumerate(given):
@@ -352,7 +378,9 @@ def try_attention(
             return "its tokens do not mix as in attention"
         if len(given) < 3:
             kv = spreading[0]
-            return (local_only[0] if local_only else kv, kv, kv) if constant(kv) else "it does not average over tokens"
+            if not constant(kv):
+                return "it does not average over tokens"
+            return roles(local_only[0] if local_only else kv, kv, kv)
         values = [
             index
             for index in spreading
@@ -361,6 +389,34 @@ def try_attention(
         if len(values) != 1:
             return "k and v cannot be told apart"
         keys = [index for index in spreading if index not in values]
-        return (local_only[0], keys[0], values[0])
+        return roles(local_only[0], keys[0], values[0])
     except Exception as error:  # a foreign module may fail in any way; then nothing is confirmed
         return f"it could not be run ({describe(error)})"
+
+
+def _runs(touched: list[tuple[int, int, set[int]]], heads: int) -> tuple[tuple[int, int, int], ...] | None:
+    """The runs of AttentionRoles, from the heads that change with each place of each input."""
+    groups: list[set[int]] = []
+    for _, _, changed in touched:
+        if not changed:
+            return None
+        together = [group for group in groups if group & changed]
+        groups = [group for group in groups if not group & changed] + [changed.union(*together)]
+    groups.sort(key=min)
+    share = heads // len(groups)
+    if [sorted(group) for group in groups] != [list(range(g * share, (g + 1) * share)) for g in range(len(groups))]:
+        return None
+    found: list[list[tuple[int, int, int]]] = []
+    for group in groups:
+        runs: list[tuple[int, int, int]] = []
+        for index, place, changed in touched:
+            if changed <= group:
+                if runs and runs[-1][0] == index and sum(runs[-1][1:]) == place:
+                    runs[-1] = (index, runs[-1][1], runs[-1][2] + 1)
+                else:
+                    runs.append((index, place, 1))
+        found.append(runs)
+    for number, runs in enumerate(found):
+        if runs != [(index, first + number * length, length) for index, first, length in found[0]]:
+            return None
+    return tuple(found[0])

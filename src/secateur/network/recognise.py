@@ -16,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import RequestError
 
+_BUILT = "_is_hf_initialized"  # what transformers notes in the modules of a finished model; no setting
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -118,7 +120,9 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             continue
         if any(path.startswith(outer + ".") for outer in found):
             continue  # lists inside blocks hold experts or heads, and may well be longer than the list of blocks
-        if all(len(matrices(element)) >= 2 or expert_banks(element) for element in module):
+        full = {type(element) for element in module if len(matrices(element)) >= 2 or expert_banks(element)}
+        # a block that lost its attention and its feed-forward is still one of its kind
+        if all(type(element) in full for element in module):
             found[path] = module
     if not found:
         raise RequestError(
@@ -155,7 +159,7 @@ def _settings(module: nn.Module, index: int) -> tuple[Any, ...]:
     return tuple(
         (name, value)
         for name, value in sorted(vars(module).items())
-        if isinstance(value, (bool, float, str)) or (isinstance(value, int) and value != index)
+        if (isinstance(value, (bool, float, str)) or (isinstance(value, int) and value != index)) and name != _BUILT
     )
 
 

@@ -26,6 +26,7 @@ from secateur.files import disk_full, human, sha256
 from secateur.network.anatomy import Anatomy, anatomy
 from secateur.network.checkpoint import TensorInfo, bind, check_finite, headers, line, stored_buffers, tensor_hash
 from secateur.network.locate import Place, locate
+from secateur.network.modelling_file import is_heterogeneous, is_ours
 from secateur.network.parts import Part, assemble, take_apart
 
 logger = logging.getLogger(__name__)
@@ -187,13 +188,14 @@ def open_model(spec: str | Path | nn.Module, *, work: Path | None = None, trust_
     Args:
         work: folder for the one conversion that `.bin` and GGUF files need; without it such a source has
             configuration and structure but no tensors.
-        trust_remote_code: let the model's own code run.
+        trust_remote_code: let the model's own code run. Code that is byte for byte what we write runs in any case.
 
     Raises RequestError with one sentence for anything that cannot be opened.
     """
     if isinstance(spec, nn.Module):
         return _live(spec)
     place = locate(str(spec))
+    trust_remote_code = trust_remote_code or (place.file is None and is_ours(place.directory))
     if place.weights != "safetensors":
         return _converted(place, work, trust_remote_code)
     config = _config(place, trust_remote_code)
@@ -205,6 +207,7 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """The whole model through transformers, in evaluation mode, and its tokenizer (None when it has none)."""
     place = locate(str(spec))
+    trust_remote_code = trust_remote_code or (place.file is None and is_ours(place.directory))
     config = _config(place, trust_remote_code)
     model: nn.Module = _whole(place, config, getattr(torch, dtype), trust_remote_code)
     return model.to(device).eval(), tokenizer(place, trust_remote_code)
@@ -236,6 +239,11 @@ def _config(place: Place, trust_remote_code: bool) -> PretrainedConfig:
         raise RequestError(
             f"{place.spec} brings code of its own ({', '.join(sorted(raw['auto_map']))}), which Secateur runs only with "
             "--trust-remote-code."
+        )
+    if is_heterogeneous(raw) and not trust_remote_code:
+        raise RequestError(
+            f"the code that {place.spec} brings for its differing blocks is not what this version of Secateur writes; look "
+            "at it, and let it run with --trust-remote-code."
         )
     if quantized := raw.get("quantization_config"):
         raise RequestError(

@@ -3,18 +3,27 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from secateur.errors import RequestError
 from secateur.files import atomic, write_json
+from secateur.network.anatomy import AXES, Axis, Block
+from secateur.network.heterogeneous import BlockShape, heterogeneous_config
+from secateur.network.modelling_file import FILE, is_heterogeneous, model_files, plain_config
 from secateur.network.source import Source, skeleton
 
 logger = logging.getLogger(__name__)
+
+Entry = tuple[str, ...]
+"""Where something stands in a configuration: the keys from the outside in."""
 
 # Weights in any form, what describes them, and what is written anew.
 _NOT_COPIED = (
@@ -39,39 +48,127 @@ def stored_dtype(source: Source, wanted: torch.dtype | None, stored: torch.dtype
     return wanted or stored
 
 
-def resized_config(source: Source, widths: Mapping[int, int]) -> dict[str, Any]:
-    """The source's configuration with feed-forward widths that say `widths` (units kept, by block index).
+Sizes = Mapping[Axis, Mapping[int, int]]
+"""How many units of each kind stay, by block."""
 
-    Which entry holds the width is not known by name: every entry with the right value is tried, and the one is taken
-    with which the architecture builds exactly the shapes that are wanted and changes no other.
 
-    Raises RequestError when no entry does.
+def resized_config(source: Source, sizes: Sizes, plain: bool = False) -> dict[str, Any]:
+    """The source's configuration with widths that say `sizes`; what they do not name stays.
+
+    Which entries hold a width is not known by name: every entry with the right value is tried, and those are taken with
+    which the architecture builds exactly the shapes that are wanted and changes no other. Where none do, because blocks
+    differ, the configuration says them block by block and the model brings a file of code (`model_code`).
+
+    plain: only a configuration that needs no code.
+
+    Raises RequestError when the configuration cannot say the widths.
     """
-    raw = raw_config(source)
-    blocks = source.anatomy.blocks
-    old = {block.index: block.feed_forward.units for block in blocks if block.feed_forward}
-    new = {**old, **widths}
-    if new == old:
-        return raw
+    raw, blocks = raw_config(source), source.anatomy.blocks
+    old = {axis: {block.index: group.count for block in blocks if (group := block.group(axis))} for axis in AXES}
+    new = {axis: {**widths, **sizes.get(axis, {})} for axis, widths in old.items()}
     wanted = _wanted_shapes(source, new)
-    uniform = len(set(new.values())) == 1
-    values = list(new.values())
-    for path, value in _candidates(raw, source, next(iter(old.values()))):
-        for setting in [values[0]] if uniform and not isinstance(value, list) else [values]:
-            changed = deepcopy(raw)
-            _set(changed, path, setting)
-            if _shapes(source, changed) == wanted:
-                return changed
-    if uniform:
-        raise RequestError(
-            f"the configuration of {type(source.skeleton).__name__} has no entry that sets its feed-forward width, so a "
-            f"cut model of {source.spec} could not be opened again."
+    # a live module may have been cut before to widths that its configuration does not say
+    if new == old and (source.live is None or not any(new.values()) or _shapes(source, raw) == wanted):
+        return raw
+    common = plain_config(raw)
+    unsaid: list[Axis] = []
+    for axis in AXES:
+        names = {part.parameter for block in blocks if (group := block.group(axis)) for part in group.slices}
+        candidates = _heads if axis == "heads" else _widths
+        tries = (common, *candidates(common, source, old[axis], new[axis], _overridden(raw)))
+        changed = next((each for each in tries if _agree(_shapes(source, each), wanted, names)), None)
+        if changed is None:
+            unsaid.append(axis)
+        else:
+            common = changed
+    if not unsaid and _shapes(source, common) == wanted:
+        return common
+    uniform = all(len(set(widths.values())) <= 1 for widths in new.values())
+    if not plain and not (uniform and plain_config(raw) == raw):
+        return heterogeneous_config(source, raw, {block.index: _block_shape(block, new) for block in blocks})
+    axis = next((axis for axis in unsaid if new[axis] != old[axis]), AXES[-1])
+    raise RequestError(_unsaid(source, axis, old[axis], new[axis]))
+
+
+def _agree(
+    shapes: Mapping[str, tuple[int, ...]] | None, wanted: Mapping[str, tuple[int, ...]], names: Set[str]
+) -> bool:
+    return shapes is not None and all(shapes.get(name) == wanted[name] for name in names)
+
+
+def _block_shape(block: Block, sizes: Sizes) -> BlockShape:
+    """What a block is to have, in single heads."""
+    units, heads, kv_heads = sizes["neurons"].get(block.index), None, None
+    if block.attention and block.attention.group:
+        kept, of = sizes["heads"][block.index], block.attention.group.count
+        heads, kv_heads = (kept * count // of for count in (block.attention.heads, block.attention.kv_heads))
+    return BlockShape(units=units, heads=heads, kv_heads=kv_heads)
+
+
+def _unsaid(source: Source, axis: Axis, old: Mapping[int, int], new: Mapping[int, int]) -> str:
+    """Why these widths cannot be: a sentence."""
+    architecture, values = type(source.skeleton).__name__, list(new.values())
+    if len(set(values)) == 1:
+        what = "feed-forward width" if axis == "neurons" else "number of attention heads without changing their size"
+        if axis == "heads" and (others := _sayable(source, old)):
+            return (
+                f"the configuration of {architecture} cannot say {values[0]} of {min(old.values())} heads, only "
+                f"{', '.join(map(str, others))}; choose for {source.spec} a ratio that leaves one of these."
+            )
+        return (
+            f"the configuration of {architecture} has no entry that sets its {what}, so a cut model of {source.spec} could "
+            "not be opened again."
         )
-    raise RequestError(
-        f"the widths planned for {source.spec} differ between its layers ({min(values)} to {max(values)} neurons), and the "
-        f"configuration of {type(source.skeleton).__name__} can only say one width for all; plan one ratio for every "
-        "layer, or cut a live model in Python."
+    return (
+        f"the widths planned for {source.spec} differ between its layers ({min(values)} to {max(values)} {axis}), and the "
+        f"configuration of {architecture} can only say one width for all."
     )
+
+
+def _sayable(source: Source, old: Mapping[int, int]) -> list[int]:
+    """How many heads, by shared keys and values, its configuration could say: some ask that they divide the hidden size."""
+    found = []
+    for count in range(1, min(old.values())):
+        new = dict.fromkeys(old, count)
+        wanted = _wanted_shapes(source, {"heads": new})
+        if any(_shapes(source, changed) == wanted for changed in _heads(raw_config(source), source, old, new, set())):
+            found.append(count)
+    return found
+
+
+def _widths(
+    raw: Mapping[str, Any], source: Source, old: Mapping[int, int], new: Mapping[int, int], overridden: Set[str]
+) -> Iterator[dict[str, Any]]:
+    """Configurations that may say these feed-forward widths."""
+    values = list(new.values())
+    for path, value in _candidates(raw, source, {*old.values()}, overridden):
+        changed = deepcopy(dict(raw))
+        set_entry(changed, path, values[0] if len(set(values)) == 1 and not isinstance(value, list) else values)
+        yield changed
+
+
+def _heads(
+    raw: Mapping[str, Any], source: Source, old: Mapping[int, int], new: Mapping[int, int], overridden: Set[str]
+) -> Iterator[dict[str, Any]]:
+    """Configurations that may say these numbers of heads, in units of those that share keys and values: the entries that say
+    how many heads and how many of keys and values there are, with the size of a head held fast.
+    """
+    if len(set(new.values())) != 1:
+        return
+    attention = next(block.attention for block in source.anatomy.blocks if block.attention and block.attention.group)
+    assert attention.group is not None, "there are heads to count"
+    count, kept = attention.group.count, next(iter(new.values()))
+    entries = {key: value for key, value in source.config.to_dict().items() if type(value) is int}
+    heads = [key for key, value in entries.items() if value == attention.heads or key in overridden]
+    kv = [key for key, value in entries.items() if value == attention.kv_heads or key in overridden]
+    size = [key for key, value in entries.items() if value == attention.head_dim]
+    # the usual name, which many architectures heed though their configuration does not list it
+    for fixed in dict.fromkeys([None, *size, "head_dim"]):
+        for head, shared in product(heads, [None, *kv]):
+            if head not in (fixed, shared) and (fixed != shared or fixed is None):
+                changed = {**deepcopy(dict(raw)), head: kept * attention.heads // count}
+                changed |= {fixed: attention.head_dim} if fixed else {}
+                yield changed | ({shared: kept * attention.kv_heads // count} if shared else {})
 
 
 def raw_config(source: Source) -> dict[str, Any]:
@@ -84,50 +181,79 @@ def raw_config(source: Source) -> dict[str, Any]:
     return raw
 
 
-def _candidates(raw: Mapping[str, Any], source: Source, width: int) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Entries that may hold the width: those equal to it first, then those left to their default."""
+def model_code(source: Source, raw: Mapping[str, Any]) -> dict[str, str]:
+    """The code that goes beside a config.json made from the source's, by file name; none for an ordinary model."""
+    return model_files(raw, type(source.config))
+
+
+def _overridden(raw: Mapping[str, Any]) -> set[str]:
+    """Entries that blocks have of their own."""
+    return (
+        {name for own in raw.get("per_layer_config", {}).values() for name in own} if is_heterogeneous(raw) else set()
+    )
+
+
+def config_entries(raw: Mapping[str, Any], source: Source) -> Iterator[tuple[Entry, Any]]:
+    """Everything the configuration says, defaults too, and what it says one level below."""
     complete = source.config.to_dict()
-    flat: list[tuple[tuple[str, ...], Any]] = [((key,), value) for key, value in complete.items()]
-    flat += [
-        ((key, inner), value)
-        for key, nested in complete.items()
-        if isinstance(nested, dict) and isinstance(raw.get(key), dict)
-        for inner, value in nested.items()
-    ]
+    yield from (((key,), value) for key, value in complete.items())
+    for key, nested in complete.items():
+        if isinstance(nested, dict) and isinstance(raw.get(key), dict):
+            yield from (((key, inner), value) for inner, value in nested.items())
+
+
+def _candidates(
+    raw: Mapping[str, Any], source: Source, widths: Set[int], overridden: Set[str]
+) -> Iterator[tuple[Entry, Any]]:
+    """Entries that may hold the width: those equal to one of `widths` first, then those left to their default.
+
+    overridden: entries that blocks have of their own, whose common value may be anything.
+    """
+    flat = list(config_entries(raw, source))
     for path, value in flat:
-        if (type(value) is int and value == width) or (
-            isinstance(value, list) and set(map(str, value)) == {str(width)}
-        ):
+        alike = isinstance(value, list) and set(map(str, value)) <= set(map(str, widths)) and len(value) > 0
+        if (type(value) is int and (value in widths or path[0] in overridden)) or alike:
             yield path, value
     for path, value in flat:
         if value is None:
             yield path, value
 
 
-def _set(raw: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def set_entry(raw: dict[str, Any], path: Entry, value: Any) -> None:
     for key in path[:-1]:
         raw = raw[key]
     raw[path[-1]] = value
 
 
-def _shapes(source: Source, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+def build(source: Source, raw: Mapping[str, Any]) -> nn.Module | None:
+    """The skeleton that a configuration describes, None where there is none."""
+    said = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # what it thinks of a value that is only tried
     try:
-        config = type(source.config).from_dict(dict(raw))
-        model = skeleton(config, source.trust_remote_code)
+        return skeleton(type(source.config).from_dict(dict(raw)), source.trust_remote_code)
     except Exception as error:  # whatever an architecture does with a value it was not made for: not this entry
         logger.debug("config entry refused: %s", error)
+        return None
+    finally:
+        transformers_logging.set_verbosity(said)
+
+
+def _shapes(source: Source, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    model = build(source, raw)
+    if model is None:
         return None
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
-def _wanted_shapes(source: Source, widths: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
+def _wanted_shapes(source: Source, sizes: Sizes) -> dict[str, tuple[int, ...]]:
     # every name, because a live module shares tied parameters and an empty one may not
     named = source.skeleton.named_parameters(remove_duplicate=False)
     shapes = {name: list(parameter.shape) for name, parameter in named}
-    for block in source.anatomy.blocks:
-        if block.feed_forward:
-            for part in block.feed_forward.slices:
-                shapes[part.parameter][part.dim] -= block.feed_forward.units - widths[block.index]
+    for axis, kept in sizes.items():
+        for block in source.anatomy.blocks:
+            if group := block.group(axis):
+                for part in group.slices:
+                    shapes[part.parameter][part.dim] -= (group.count - kept[block.index]) * part.width
     return {name: tuple(shape) for name, shape in shapes.items()}
 
 
@@ -151,7 +277,8 @@ def companions(source: Source) -> list[Path]:
     """Tokenizer, generation config, licence and other small files; a model's own code only where it may run."""
     found = []
     for path in sorted(source.directory.iterdir()) if source.directory else ():
-        code = path.suffix == ".py" and source.trust_remote_code
+        # the file of a heterogeneous model is written anew, for as long as it needs one
+        code = path.suffix == ".py" and source.trust_remote_code and path.name != FILE
         copied = (
             not path.name.endswith(_NOT_COPIED)
             and not path.name.startswith(_ADAPTER)

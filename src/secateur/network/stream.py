@@ -161,6 +161,19 @@ def fetched(model: nn.Module, anatomy: Anatomy, fetch: Fetch) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def loaded(model: nn.Module, names: Sequence[str], fetch: Callable[[str], Tensor]) -> Iterator[None]:
+    """While it is open, these parameters are in their places, fetched one by one."""
+    empty = {name: model.get_parameter(name) for name in names}
+    try:
+        for name in names:
+            put_parameter(model, name, nn.Parameter(fetch(name), requires_grad=False))
+        yield
+    finally:
+        for name, parameter in empty.items():
+            put_parameter(model, name, parameter)
+
+
 def put_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Puts a parameter in its place in the model, for as long as it is needed there."""
     path, _, attribute = name.rpartition(".")

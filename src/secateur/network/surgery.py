@@ -7,32 +7,32 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import RunError
-from secateur.network.anatomy import Anatomy, FeedForward
+from secateur.network.anatomy import Anatomy, Axis, Group
 from secateur.network.views import Cut
 
 
-def cut_tensors(tensors: Mapping[str, Tensor], feed_forward: FeedForward, cut: Cut) -> dict[str, Tensor]:
+def cut_tensors(tensors: Mapping[str, Tensor], group: Group, cut: Cut) -> dict[str, Tensor]:
     """The parameters that change when `cut` is applied, by parameter name; the others are not returned.
 
     Args:
         tensors: parameters of the block by their name in the model, at least all that are coupled.
-        feed_forward: where its neurons lie.
-        cut: which neurons stay; new output weights are cast to the stored dtype.
+        group: where its units lie.
+        cut: which units stay; new output weights are cast to the stored dtype.
 
     Raises RunError when a new weight is not finite in that dtype.
     """
     kept: dict[str, tuple[int, list[Tensor]]] = {}
-    for part in feed_forward.slices:
-        kept.setdefault(part.parameter, (part.dim, []))[1].append(cut.kept + part.offset)
+    for part in group.slices:
+        kept.setdefault(part.parameter, (part.dim, []))[1].append(part.indices(cut.kept))
     # sorted, because a fused tensor may hold its parts in another order than the anatomy names them
     changed = {
         name: tensors[name].index_select(dim, torch.cat(indices).sort().values) for name, (dim, indices) in kept.items()
     }
-    down = feed_forward.down
-    if cut.down is not None:
-        changed[down.parameter] = cut.down if down.dim == 1 else cut.down.T
-    if cut.down_bias is not None and feed_forward.down_bias:
-        changed[feed_forward.down_bias] = cut.down_bias
+    output = group.output
+    if cut.output is not None:
+        changed[output.parameter] = cut.output if output.dim == 1 else cut.output.T
+    if cut.output_bias is not None and group.output_bias:
+        changed[group.output_bias] = cut.output_bias
     for name, tensor in changed.items():
         changed[name] = tensor = tensor.to(tensors[name].dtype).contiguous()
         if not bool(torch.isfinite(tensor).all()):
@@ -43,29 +43,30 @@ def cut_tensors(tensors: Mapping[str, Tensor], feed_forward: FeedForward, cut: C
     return changed
 
 
-def silence_tensors(tensors: Mapping[str, Tensor], feed_forward: FeedForward, cut: Cut) -> dict[str, Tensor]:
+def silence_tensors(tensors: Mapping[str, Tensor], group: Group, cut: Cut) -> dict[str, Tensor]:
     """The output matrix and bias of the uncut block that compute what the cut one does: removed columns are zero.
 
     Shares nothing with `cut_tensors`: what it gives is what a cut is checked against.
     """
-    down, old = feed_forward.down, tensors[feed_forward.down.parameter]
-    columns = old.index_select(down.dim, cut.kept)
-    if cut.down is not None:
-        columns = (cut.down if down.dim == 1 else cut.down.T).to(old.dtype)
-    silenced = {down.parameter: torch.zeros_like(old).index_copy(down.dim, cut.kept, columns)}
-    if cut.down_bias is not None and feed_forward.down_bias:
-        silenced[feed_forward.down_bias] = cut.down_bias.to(tensors[feed_forward.down_bias].dtype)
+    part, old = group.output, tensors[group.output.parameter]
+    columns = (cut.kept[:, None] * part.width + torch.arange(part.width)).view(-1)
+    new = old.index_select(part.dim, columns)
+    if cut.output is not None:
+        new = (cut.output if part.dim == 1 else cut.output.T).to(old.dtype)
+    silenced = {part.parameter: torch.zeros_like(old).index_copy(part.dim, columns, new)}
+    if cut.output_bias is not None and group.output_bias:
+        silenced[group.output_bias] = cut.output_bias.to(tensors[group.output_bias].dtype)
     return silenced
 
 
-def cut_module(model: nn.Module, anatomy: Anatomy, cuts: Mapping[int, Cut]) -> None:
-    """Applies cuts to a live model, in place; widths may differ between layers."""
-    for index, cut in cuts.items():
-        feed_forward = anatomy.blocks[index].feed_forward
-        assert feed_forward is not None, "a cut is only planned for a block with a recognised feed-forward"
-        parameters = {part.parameter for part in feed_forward.slices} | {feed_forward.down_bias or ""} - {""}
+def cut_module(model: nn.Module, anatomy: Anatomy, cuts: Mapping[tuple[int, Axis], Cut]) -> None:
+    """Applies cuts to a live model, in place, each named by block and axis; widths may differ between layers."""
+    for (index, axis), cut in cuts.items():
+        group = anatomy.blocks[index].group(axis)
+        assert group is not None, "a cut is only planned where there are such units"
+        parameters = {part.parameter for part in group.slices} | {group.output_bias or ""} - {""}
         tensors = {name: model.get_parameter(name).detach() for name in parameters}
-        for name, tensor in cut_tensors(tensors, feed_forward, cut).items():
+        for name, tensor in cut_tensors(tensors, group, cut).items():
             replace_parameter(model, name, tensor)
 
 

@@ -68,6 +68,7 @@ class Trace:
 
     calls: dict[str, Call] = field(default_factory=dict)
     outputs: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)  # first tensor and its autograd node
+    lengths: dict[str, int] = field(default_factory=dict)  # of tuples of outputs; 0 for an output that is no tuple
     error: str = ""  # why the run of the whole model stopped early
 
     def producer(self, tensor: Tensor | None, candidates: Iterable[str]) -> str | None:
@@ -121,6 +122,7 @@ def trace(model: nn.Module, blocks: dict[int, str], opaque: Sequence[str]) -> di
             tensor = first_tensor(output)
             if tensor is not None:
                 record.outputs.setdefault(path, (tensor, tensor.grad_fn))
+                record.lengths.setdefault(path, len(output) if isinstance(output, tuple) else 0)
 
         module.register_forward_pre_hook(before, with_kwargs=True)
         module.register_forward_hook(after)

@@ -6,102 +6,146 @@ from functools import cached_property
 
 from torch import Tensor
 
-from secateur.network.anatomy import FeedForward, Slice
+from secateur.network.anatomy import Axis, FeedForward, Group, Slice
 from secateur.network.source import Source
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What becomes of one block's feed-forward neurons.
+    """What becomes of the units of one kind in one block.
 
     Args:
-        kept: (k,) sorted indices of the neurons that stay.
-        down: (hidden, k) new output matrix of the kept neurons, or None to keep their columns as they are.
-        down_bias: (hidden,) new output bias, or None to keep the old one.
+        kept: (k,) sorted indices of the units that stay.
+        output: (hidden, k · width) new output matrix of the kept units, or None to keep their columns as they are.
+        output_bias: (hidden,) new output bias, or None to keep the old one.
     """
 
     kept: Tensor
-    down: Tensor | None = None
-    down_bias: Tensor | None = None
+    output: Tensor | None = None
+    output_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of the whole network: a cut for each block that is cut, by block index."""
+    """What becomes of the feed-forward neurons of a network: a cut for each block that is cut, by block index."""
 
     cuts: dict[int, Cut] = field(default_factory=dict)
 
 
 class Units:
-    """The feed-forward neurons of one block. Matrices are read when asked for and not kept.
+    """The units of one kind in one block: neurons of the feed-forward layer, or heads of attention (those that share keys
+    and values are one unit). Tensors are read when asked for and not kept; float32, matrices oriented as in torch.nn.Linear
+    whatever the module stores: (out_features, in_features).
 
-    Matrices come as float32, oriented as in torch.nn.Linear whatever the module stores: (out_features, in_features).
+    Args:
+        group: where the units lie.
+        keep: how many are to stay; None where the method decides.
+
+    count: how many there are. width: columns of the output matrix, and inputs of it, that each of them has.
     """
 
-    def __init__(self, source: Source, block: int, feed_forward: FeedForward, device: str = "cpu") -> None:
-        self.block = block
-        self.count = feed_forward.units
-        self.hidden = feed_forward.hidden
-        self.gated = feed_forward.gate is not None
-        self._source = source
-        self._device = device
-        self._parts = feed_forward
+    def __init__(self, source: Source, block: int, group: Group, keep: int | None = None, device: str = "cpu") -> None:
+        self.block, self.axis, self.count, self.width = block, group.axis, group.count, group.output.width
+        self.hidden = source.anatomy.hidden
+        self._keep = keep
+        self._source, self._device, self._group = source, device, group
+        self.name = f"block {block}, {group.axis}"
 
     def __repr__(self) -> str:
-        return f"Units(block={self.block}, count={self.count}, hidden={self.hidden}, gated={self.gated})"
+        return f"Units(block={self.block}, axis={self.axis}, count={self.count}, width={self.width})"
 
     @property
-    def first(self) -> Tensor:
-        """(m, h) the matrix behind the nonlinearity: gate of a gated feed-forward, else its only input matrix."""
-        return self._rows(self._parts.first)
+    def head_dim(self) -> int:
+        """Columns of one head; of a neuron 1."""
+        attention = self._source.anatomy.blocks[self.block].attention
+        return attention.head_dim if self.axis == "heads" and attention else 1
 
     @property
-    def gate(self) -> Tensor | None:
-        """(m, h), None for a plain feed-forward."""
-        return self._rows(self._parts.gate) if self._parts.gate else None
+    def keep(self) -> int:
+        assert self._keep is not None, "who asks has been told how many"
+        return self._keep
 
     @property
-    def up(self) -> Tensor:
-        """(m, h)"""
-        return self._rows(self._parts.up)
+    def makers(self) -> list[Tensor]:
+        """(count, n) for each matrix that makes the units: the rows of each unit, flattened; biases are left out."""
+        model = self._source.skeleton
+        return [self._rows(part) for part in self._group.inputs if model.get_parameter(part.parameter).dim() == 2]
 
     @property
-    def down(self) -> Tensor:
-        """(h, m)"""
-        part = self._parts.down
+    def output(self) -> Tensor:
+        """(hidden, count · width)"""
+        part = self._group.output
         matrix = self._whole(part.parameter)
         return matrix if part.dim == 1 else matrix.T
 
     @property
-    def gate_bias(self) -> Tensor | None:
-        """(m,)"""
-        return self._rows(self._parts.gate_bias) if self._parts.gate_bias else None
+    def output_bias(self) -> Tensor | None:
+        """(hidden,)"""
+        return self._whole(self._group.output_bias) if self._group.output_bias else None
 
-    @property
-    def up_bias(self) -> Tensor | None:
-        """(m,)"""
-        return self._rows(self._parts.up_bias) if self._parts.up_bias else None
+    def per_unit(self, columns: Tensor) -> Tensor:
+        """(..., count · width) of something that stands for each column of the output matrix, as (..., count, width)."""
+        return columns.unflatten(-1, (self.count, self.width))
 
-    @property
-    def down_bias(self) -> Tensor | None:
-        """(h,)"""
-        return self._whole(self._parts.down_bias) if self._parts.down_bias else None
+    def columns(self, units: Tensor) -> Tensor:
+        """(k,) units as the (k · width,) columns of the output matrix that are theirs."""
+        return Slice("", 1, 0, self.width).indices(units)
+
+    def best(self, scores: Tensor) -> Cut:
+        """Keeps the units with the highest of (count,) scores, among equals the first."""
+        return Cut(scores.argsort(descending=True, stable=True)[: self.keep].sort().values)
 
     def _whole(self, parameter: str) -> Tensor:
         return self._source.parameter(parameter).to(self._device).float()
 
     def _rows(self, part: Slice) -> Tensor:
-        tensor = self._source.parameter(part.parameter).narrow(part.dim, part.offset, self.count)
+        size = self.count * part.width
+        tensor = self._source.parameter(part.parameter).narrow(part.dim, part.offset, size)
         tensor = tensor.to(self._device).float()
-        return tensor.T if tensor.dim() == 2 and part.dim == 1 else tensor
+        return (tensor.T if part.dim == 1 else tensor).reshape(self.count, -1)
 
 
-class Network(Sequence[Units]):
+class Neurons(Units):
+    """Units that are feed-forward neurons, with what each matrix is."""
+
+    def __init__(
+        self, source: Source, block: int, layer: FeedForward, keep: int | None = None, device: str = "cpu"
+    ) -> None:
+        super().__init__(source, block, layer.group, keep, device)
+        self._layer = layer
+
+    @property
+    def first(self) -> Tensor:
+        """(m, h) the matrix behind the nonlinearity: gate of a gated feed-forward, else its only input matrix."""
+        return self._rows(self._layer.first)
+
+    @property
+    def gate(self) -> Tensor | None:
+        """(m, h), None for a plain feed-forward."""
+        return self._rows(self._layer.gate) if self._layer.gate else None
+
+    @property
+    def up(self) -> Tensor:
+        """(m, h)"""
+        return self._rows(self._layer.up)
+
+
+def units_of(source: Source, block: int, axis: Axis, keep: int | None = None, device: str = "cpu") -> Units:
+    """The units of that kind in a block that has some."""
+    found = source.anatomy.blocks[block]
+    if axis == "neurons" and found.feed_forward:
+        return Neurons(source, block, found.feed_forward, keep, device)
+    group = found.group(axis)
+    assert group is not None, "asked for where it is"
+    return Units(source, block, group, keep, device)
+
+
+class Network(Sequence[Neurons]):
     """The feed-forward layers of a network in order, each read lazily; `blocks` narrows it to some of them."""
 
     def __init__(self, source: Source, device: str = "cpu", blocks: Sequence[int] | None = None) -> None:
         self._units = [
-            Units(source, block.index, block.feed_forward, device)
+            Neurons(source, block.index, block.feed_forward, None, device)
             for block in source.anatomy.blocks
             if block.feed_forward and (blocks is None or block.index in blocks)
         ]
@@ -113,7 +157,7 @@ class Network(Sequence[Units]):
     def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
         return self._units[index]
 
-    def __iter__(self) -> Iterator[Units]:
+    def __iter__(self) -> Iterator[Neurons]:
         return iter(self._units)
 
 

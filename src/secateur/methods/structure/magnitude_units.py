@@ -1,12 +1,10 @@
-"""Largest row norms: the simplest criterion that reads weights."""
+"""Largest weight norms: the simplest criterion that reads weights."""
 
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from secateur.network.widths import round_width
-from secateur.registry import Cut, Ratio, Units, method
+from secateur.registry import Cut, Units, method
 
 
 @method(
@@ -17,24 +15,15 @@ from secateur.registry import Cut, Ratio, Units, method
     when="after training",
     speedup="universal",
 )
-def magnitude_units(
-    units: Units, *, ratio: Ratio = 0.2, norm: Literal["first", "all"] = "first", multiple_of: int = 32
-) -> Cut:
-    """Keeps the feed-forward neurons with the largest weight norms.
+def magnitude_units(units: Units, *, norm: Literal["first", "all"] = "first") -> Cut:
+    """Keeps the units with the largest weight norms.
 
     Args:
-        ratio: fraction of the neurons removed, 0 ≤ ratio < 1.
-        norm: first takes the row of the first matrix; all takes the product of the norms of the rows and the column.
-        multiple_of: the kept width is rounded to a multiple of this where the ratio allows it.
+        norm: first takes the unit's rows of the first matrix (gate, query); all takes the product of the norms of its rows
+            in every matrix and of its output columns.
     """
-    score = units.first.norm(dim=1)
-    if norm == "all":
-        score = _norms(units)
-    width = round_width(units.count, ratio, multiple_of)
-    # a stable sort, so that equal norms are decided by index on every machine
-    return Cut(score.argsort(descending=True, stable=True)[:width].sort().values)
-
-
-def _norms(units: Units) -> Tensor:
-    matrices = [matrix for matrix in (units.gate, units.up, units.down.T) if matrix is not None]
-    return torch.stack([matrix.norm(dim=1) for matrix in matrices]).prod(dim=0)
+    scores = [rows.norm(dim=1) for rows in units.makers]
+    if norm == "first":
+        return units.best(scores[0])
+    scores.append(units.per_unit(units.output).movedim(1, 0).flatten(1).norm(dim=1))
+    return units.best(torch.stack(scores).prod(dim=0))

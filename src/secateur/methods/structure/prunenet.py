@@ -48,6 +48,7 @@ Positive = Annotated[float, Field(gt=0)]
     when="after training",
     speedup="universal",
     learned=True,
+    axes=("neurons",),
 )
 def prunenet(
     network: Network,

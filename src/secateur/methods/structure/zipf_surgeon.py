@@ -16,13 +16,11 @@ text. Measured against random neurons and PruneNet in benchmarks/quality.py.
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
 from secateur.errors import RunError
-from secateur.network.widths import round_width
-from secateur.registry import Cut, Ratio, SyntheticGram, Units, method
-from secateur.tensor.elimination import eliminate
+from secateur.methods.structure.unit_surgeon import surgeon
+from secateur.registry import Cut, SyntheticGram, Units, method
 
 
 @method(
@@ -32,41 +30,22 @@ from secateur.tensor.elimination import eliminate
     claim="without data, at most half the perplexity random neurons leave (SmolLM2-135M at ratio 0.2, WikiText-2 test)",
     when="after training",
     speedup="universal",
+    axes=("neurons",),
 )
 def zipf_surgeon(
     units: Units,
     gram: SyntheticGram,
     *,
-    ratio: Ratio = 0.2,
     ridge: Annotated[float, Field(gt=0)] = 0.1,
     group: Annotated[int, Field(ge=1)] = 16,
-    multiple_of: int = 32,
 ) -> Cut:
     """Removes the feed-forward neurons whose loss the others can make up for, and lets them make up for it.
 
     Args:
-        ratio: fraction of the neurons removed, 0 ≤ ratio < 1.
         ridge: damping of the refit, relative to each neuron's own energy; more keeps the weights closer to the old ones.
         group: neurons removed between two computations of the costs; more is faster and coarser.
-        multiple_of: the kept width is rounded to a multiple of this where the ratio allows it.
     """
-    width = round_width(units.count, ratio, multiple_of)
     try:
-        return _solve(units, gram, width, ridge, group)
+        return surgeon(units, gram.matrix, gram.mean, ridge, group)
     except FloatingPointError as error:
         raise RunError(f"block {units.block}: {error}; use a larger ridge.") from error
-
-
-def _solve(units: Units, gram: SyntheticGram, width: int, ridge: float, group: int) -> Cut:
-    if width == units.count:
-        return Cut(torch.arange(width))
-    bias = units.down_bias
-    if bias is None:
-        kept, columns = eliminate(gram.matrix, units.down, width, ridge, group)
-        return Cut(kept, columns)
-    # an output bias is one more input, always 1: the mean of what is removed goes there
-    moment = torch.cat(
-        [torch.cat([gram.matrix, gram.mean[:, None]], dim=1), torch.cat([gram.mean, torch.ones(1)])[None]]
-    )
-    kept, columns = eliminate(moment, torch.cat([units.down, bias[:, None]], dim=1), width, ridge, group, constant=True)
-    return Cut(kept, columns[:, :-1], columns[:, -1])

@@ -1,0 +1,124 @@
+"""The cuts of one step, kept in files: saved as they are decided, read by whatever writes, checks or tells of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import RunError
+from secateur.files import read_tensors, write_tensors
+from secateur.network.anatomy import AXES, Axis, Block, Group
+from secateur.network.source import Source
+from secateur.network.stream import Fetch
+from secateur.network.surgery import cut_tensors, silence_tensors
+from secateur.network.views import Cut
+
+
+class Cuts:
+    """What becomes of the units of a network, by block and axis.
+
+    Args:
+        folder: for the files.
+        method: named where it gave what cannot be done.
+    """
+
+    def __init__(self, source: Source, folder: Path, method: str) -> None:
+        self._source, self._folder, self._method = source, folder, method
+
+    def save(self, block: int, axis: Axis, cut: Cut) -> None:
+        """Keeps a cut; one that cannot be done is refused before."""
+        self.check(block, axis, cut)
+        tensors = {"kept": cut.kept, "output": cut.output, "output_bias": cut.output_bias}
+        write_tensors(
+            self._path(block, axis), {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
+        )
+
+    def read(self, block: int, axis: Axis) -> Cut:
+        tensors, _ = read_tensors(self._path(block, axis))
+        return Cut(tensors["kept"], tensors.get("output"), tensors.get("output_bias"))
+
+    def known(self) -> list[tuple[int, Axis]]:
+        """What is cut, by block and in the order in which tokens meet the units."""
+        return [
+            (block.index, axis)
+            for block in self._source.anatomy.blocks
+            for axis in AXES
+            if self._path(block.index, axis).exists()
+        ]
+
+    def group(self, block: int, axis: Axis) -> Group:
+        group = self._source.anatomy.blocks[block].group(axis)
+        assert group is not None, "a cut is only planned where there are such units"
+        return group
+
+    def sizes(self) -> dict[Axis, dict[int, int]]:
+        """How many units of each kind stay, by block."""
+        sizes: dict[Axis, dict[int, int]] = {}
+        for block, axis in self.known():
+            sizes.setdefault(axis, {})[block] = len(self.read(block, axis).kept)
+        return sizes
+
+    def decided(self) -> dict[str, Any]:
+        """For the receipt: how many units stay, of how many."""
+        return {
+            axis: {str(block): {"kept": kept, "of": self.group(block, axis).count} for block, kept in widths.items()}
+            for axis, widths in self.sizes().items()
+        }
+
+    def kept(self) -> dict[str, Tensor]:
+        """The units that stay, for the file beside the model."""
+        return {f"block {block}, {axis}": self.read(block, axis).kept for block, axis in self.known()}
+
+    def apply(self, blocks: Sequence[Block], tensors: dict[str, Tensor]) -> None:
+        """Cuts stored tensors in place of the whole ones; `blocks` are those that all lie in `tensors`."""
+        for block in blocks:
+            axes = [axis for index, axis in self.known() if index == block.index]
+            parameters = self._source.assemble(block.parameters, tensors) if axes else {}
+            for axis in axes:
+                cut = cut_tensors(parameters, self.group(block.index, axis), self.read(block.index, axis))
+                parameters = {**parameters, **cut}
+                for parameter, tensor in cut.items():
+                    tensors.update(self._source.take_apart(parameter, tensor, tensors))
+
+    def silenced(self) -> Fetch:
+        """The source's parameters with what was cut silenced instead: the reload check runs the uncut network with them.
+
+        Nothing of what cut and wrote the result is used again, so a mistake there shows.
+        """
+        inside = {name: block for block in self._source.anatomy.blocks for name in block.parameters}
+
+        def fetch(names: Sequence[str]) -> Mapping[str, Tensor]:
+            tensors = self._source.read_parameters(names)
+            asked = {inside[name].index for name in names if name in inside}
+            for block, axis in self.known():
+                if block in asked:
+                    group = self.group(block, axis)
+                    tensors = {**tensors, **silence_tensors(tensors, group, self.read(block, axis))}
+            return tensors
+
+        return fetch
+
+    def check(self, block: int, axis: Axis, cut: Cut) -> None:
+        """Raises RunError naming the block when a method returned what cannot be done."""
+        group = self.group(block, axis)
+        kept, where = cut.kept, f"{self._method}, block {block}"
+        ordered = len(kept) > 0 and bool((kept[1:] > kept[:-1]).all())
+        if not ordered or int(kept[0]) < 0 or int(kept[-1]) >= group.count:
+            raise RunError(f"{where}: an impossible set of {axis} was kept; nothing was cut there.")
+        hidden = self._source.anatomy.hidden
+        for name, tensor, shape in (
+            ("output weights", cut.output, (hidden, len(kept) * group.output.width)),
+            ("output bias", cut.output_bias, (hidden,)),
+        ):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise RunError(f"{where}: new {name} have shape {list(tensor.shape)}, not {list(shape)}.")
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                raise RunError(
+                    f"{where}: the new {name} hold non-finite values; use a smaller ratio, other parameters of the method "
+                    "or another seed."
+                )
+
+    def _path(self, block: int, axis: Axis) -> Path:
+        return self._folder / axis / f"{block}.safetensors"

@@ -1,0 +1,188 @@
+"""A step that removes whole blocks: statistics of all blocks, one decision, then the others are copied under new numbers."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.calibration.flow import Flow, FlowPass, LossWithout
+from secateur.calibration.gradients import BlockGradients, learn_block_gradients
+from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
+from secateur.context import Context, barrier, processes
+from secateur.errors import RunError
+from secateur.files import read_json, write_json, write_tensors
+from secateur.network.blocks import Blocks, Kept
+from secateur.network.depth import StoredNumbers, blocks_to_remove, drop_blocks, shortened_config
+from secateur.network.stream import Fetch, Piece
+from secateur.stage import Stage
+from secateur.workspace import Journal
+
+
+@dataclass
+class LayerStage(Stage):
+    """A step whose method sees all blocks and says which stay."""
+
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def __post_init__(self) -> None:
+        self.registered = self.step.registered
+        self.asked = set(self.registered.asked(self.step.parameters).values())
+        self.kept = Kept(())
+        self._config: dict[str, Any] = {}
+
+    def apply(self, module: nn.Module) -> None:
+        self._prepare()
+        drop_blocks(module, self.source.anatomy, self.kept.blocks, self._config)
+        self.notes["blocks"] = self.decided()["blocks"]
+
+    def expected(self) -> Fetch:
+        """The source's parameters with those of removed blocks zero, so that they add nothing to the hidden states.
+
+        That it has this effect was tried by `check_skippable`. Nothing of what renamed and wrote the result is used again.
+        """
+        gone = {
+            name
+            for block in self.source.anatomy.blocks
+            for name in block.parameters
+            if block.index not in self.kept.blocks
+        }
+
+        def fetch(names: Sequence[str]) -> Mapping[str, Tensor]:
+            found = {}
+            for name in names:
+                if name in gone:
+                    found[name] = torch.zeros(self.source.skeleton.get_parameter(name).shape)
+                else:
+                    found[name] = self._cast(name, self.source.parameter(name)).float()
+            return found
+
+        return fetch
+
+    def seconds(self) -> float:
+        blocks = self.source.anatomy.blocks
+        begun = time.time()
+        if not self.asked & {Flow, LossWithout}:
+            first = Blocks(self.source, 0, device=self.device)[0]
+            for tensor in first.matrices():
+                tensor.abs().sum()
+            return (time.time() - begun) * len(blocks)
+        positions = getattr(self.source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+        length = min(self.calibration.length or LENGTH, positions)
+        drawn = self._context("tokens").generator()
+        ids = list(torch.randint(self.source.anatomy.vocabulary, (self.calibration.count, length), generator=drawn))
+        batches = self._pass(Samples(ids, [], "random")).batches
+        begun = time.time()
+        self._pass(Samples(list(batches[0].ids), [], "random"), losses=False).run(blocks=[0])
+        # hidden states that lack a block go through all blocks behind it, and through the head
+        times = len(blocks) if LossWithout not in self.asked else len(blocks) * (len(blocks) + 3) / 2
+        return (time.time() - begun) * len(batches) * times
+
+    def decided(self) -> dict[str, Any]:
+        count = len(self.source.anatomy.blocks)
+        removed = [index for index in range(count) if index not in self.kept.blocks]
+        scores = {str(index): score for index, score in sorted(self.kept.scores.items())}
+        return {"blocks": {"kept": list(self.kept.blocks), "removed": removed, "of": count, "scores": scores}}
+
+    def config(self) -> dict[str, Any]:
+        return self._config
+
+    def _prepare(self) -> None:
+        path = self.state / "kept.json"
+        made = path.exists()
+        barrier()  # everybody has looked before the first process can have written it
+        if not made:
+            context = self._context("method")
+            kept = self._decide(context)
+            self._say(kept, context)
+            if processes()[0] == 0:
+                said = {"kept": list(kept.blocks), "scores": {str(k): v for k, v in kept.scores.items()}}
+                write_json(path, {**said, "notes": context.notes, "warnings": context.warnings})
+            barrier()
+        else:
+            told, context = read_json(path), self._context("method")
+            context.notes, context.warnings = told["notes"], told["warnings"]
+            self._say(Kept(tuple(told["kept"]), {int(k): v for k, v in told["scores"].items()}), context)
+
+    def _say(self, kept: Kept, context: Context) -> None:
+        """Takes a decision over, if a configuration and stored names can say it."""
+        self.kept, self._config = kept, shortened_config(self.source, kept.blocks)
+        self._numbers = StoredNumbers(self.source)
+        self.notes.update(context.notes)
+        self.warnings += context.warnings
+
+    def _decide(self, context: Context) -> Kept:
+        """Which blocks stay, by the method. Raises RunError when it gives back what cannot be done."""
+        parameters, count = self.step.parameters, len(self.source.anatomy.blocks)
+        remove = blocks_to_remove(self.step.method, parameters, count)
+        if not remove and parameters["remove"] is None and parameters["ratio"]:
+            context.warn(
+                f"{self.step.method}: ratio={parameters['ratio']} of {count} blocks is less than half a block."
+            )
+        blocks = Blocks(self.source, remove, parameters["protect"] or (), self.device)
+        given: dict[type, Any] = {Blocks: blocks, Context: context, **self._statistics(context)}
+        asked = self.registered.asked(parameters)
+        arguments = {name: given[need] if name in asked else None for name, need in self.registered.needs.items()}
+        kept: Kept = self.registered.function(**arguments, **self._parameters(self.registered, parameters))
+        wrong = [index for index, score in kept.scores.items() if not math.isfinite(score)]
+        if wrong:
+            raise RunError(f"{self.step.method}: the score of block {wrong[0]} is not finite; check the model.")
+        ordered = list(kept.blocks) == sorted(set(kept.blocks) & set(range(count)))
+        if not ordered or len(kept.blocks) != count - remove or not blocks.protected <= set(kept.blocks):
+            raise RunError(
+                f"{self.step.method}: blocks {list(kept.blocks)} were kept, which is not what was asked for."
+            )
+        return kept
+
+    def _statistics(self, context: Context) -> dict[type, Any]:
+        """What the method asks for of calibration tokens, collected once and kept in the state."""
+        found: dict[type, Any] = {}
+        if not self.step.calibrated:
+            return found
+        drawn = self._context("samples").generator("samples")
+        wishes = self.calibration
+        if wishes.held_out is None:  # nothing is solved on the tokens, so there is no error to see on others
+            wishes = wishes.model_copy(update={"held_out": 0})
+        samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress)
+        context.note("calibration", samples.describe())
+        if BlockGradients in self.asked:
+            path = self.state / "gradients.json"
+            found[BlockGradients] = learn_block_gradients(self.source, samples, path, self.device, self.progress)
+        if self.asked & {Flow, LossWithout}:
+            tokens = self._pass(samples)
+            tokens.run(self.progress)
+            if Flow in self.asked:
+                found[Flow] = tokens.flow()
+            if LossWithout in self.asked:
+                found[LossWithout] = tokens.loss_without()
+        return found
+
+    def _pass(self, samples: Samples, losses: bool = True) -> FlowPass:
+        dtype = getattr(torch, self.calibration.dtype)
+        return FlowPass(self.source, samples, self.state, dtype, self.device, losses and LossWithout in self.asked)
+
+    def _pieces(self) -> list[Piece]:
+        """Those of the source without what belongs to removed blocks."""
+        left: list[Piece] = []
+        for piece in super()._pieces():
+            keys = tuple(key for key in piece.keys if self._renamed(key) is not None)
+            blocks = tuple(index for index in piece.blocks if index in self.kept.blocks)
+            if keys:
+                left.append(replace(piece, index=len(left), blocks=blocks, keys=keys))
+        return left
+
+    def _renamed(self, key: str) -> str | None:
+        return self._numbers.renamed(key, self.kept.blocks)
+
+    def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any]:
+        read = self.source.read(piece.keys)
+        tensors = {self._renamed(key) or key: self._cast(key, tensor) for key, tensor in read.items()}
+        write_tensors(self.target / name, tensors, {"format": "pt"})
+        return {"tensors": {key: tensor.nbytes for key, tensor in tensors.items()}}
+
+    def _leave(self) -> None:
+        if self.artifacts is not None:
+            write_json(self.artifacts / "blocks.json", self.decided()["blocks"])

@@ -1,0 +1,219 @@
+"""The one file of code that a model with blocks of differing widths brings: what stands in it, and whether it is ours.
+
+The file is filled in from the architecture alone, never from widths: two results of one architecture hold the same bytes,
+and a file of these bytes is known to be harmless without asking whoever wrote it.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from torch.utils._pytree import tree_flatten
+from transformers import PretrainedConfig
+
+from secateur.errors import RequestError
+from secateur.network.anatomy import Anatomy, Block, anatomy
+from secateur.network.recognise import signature
+from secateur.network.trace import Call, trace
+
+logger = logging.getLogger(__name__)
+
+FILE = "modeling_heterogeneous.py"
+PREFIX = "Heterogeneous"
+ATTENTION, FEED_FORWARD = "attention", "feed_forward"
+# what config.json of such a model has beside the entries of its architecture
+_ENTRIES = ("per_layer_config", "auto_map", "allow_global_per_layer_attribute_access")
+# how a block of an architecture may be built
+_ARGUMENTS = {
+    "layer, index": lambda kind, config, index: kind(config, index),
+    "layer": lambda kind, config, index: kind(config),
+    "index, layer": lambda kind, config, index: kind(index, config),
+}
+
+
+def base_class(model: nn.Module) -> type | None:
+    """The class of transformers that `model` is, or that a file of ours has derived it from; None for any other."""
+    for kind in type(model).__mro__:
+        named = type(model).__name__ in (kind.__name__, PREFIX + kind.__name__)
+        if named and getattr(transformers, kind.__name__, None) is kind:
+            return kind
+    return None
+
+
+def is_heterogeneous(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a model with a file of ours."""
+    architecture = next(iter(raw.get("architectures") or []), "")
+    return bool(raw.get("per_layer_config")) and architecture.startswith(PREFIX)
+
+
+def plain_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` without what a heterogeneous model adds to it: the same architecture with one width for all blocks."""
+    if not is_heterogeneous(raw):
+        return dict(raw)
+    plain = {name: value for name, value in raw.items() if name not in _ENTRIES}
+    plain["architectures"] = [raw["architectures"][0].removeprefix(PREFIX)]
+    return plain
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An architecture as far as the file is concerned.
+
+    Args:
+        whole: class with the head, such as the one that `architectures` of a plain config names.
+        config: of the plain architecture.
+    """
+
+    whole: type
+    config: PretrainedConfig
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The plain architecture on the meta device."""
+        with init_empty_weights(include_buffers=False):
+            return self.whole._from_config(self.config).eval()  # type: ignore[attr-defined]
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        return anatomy(self.model)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the two classes in the file: with the head and without."""
+        return PREFIX + self.whole.__name__, PREFIX + type(self.model.base_model).__name__  # type: ignore[arg-type]
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        module, (whole, body) = FILE.removesuffix(".py"), self.names
+        return {"AutoModel": f"{module}.{body}", "AutoModelForCausalLM": f"{module}.{whole}"}
+
+    @cached_property
+    def arguments(self) -> str:
+        """What a block is built with. Raises RequestError when no way of building gives the block that is there."""
+        block = self.block(0)
+        for arguments in _ARGUMENTS:
+            try:
+                built = self.build(arguments, self.config, 0)
+            except Exception as error:  # whatever a constructor does with arguments that it was not made for
+                logger.debug("a block cannot be built with (%s): %s", arguments, error)
+                continue
+            if signature(built, 0) == signature(block, 0):
+                return arguments
+        raise RequestError(
+            f"blocks of {self.whole.__name__} that differ from each other could not be opened again, because a "
+            f"{type(block).__name__} cannot be built from a configuration alone; plan the same widths for every block."
+        )
+
+    def block(self, index: int) -> nn.Module:
+        return self.model.get_submodule(self.anatomy.blocks[index].path)
+
+    def build(self, arguments: str, config: Any, index: int) -> nn.Module:
+        """A block on the meta device from a configuration of its own."""
+        with init_empty_weights(include_buffers=False):
+            return _ARGUMENTS[arguments](type(self.block(index)), config, index).eval()  # type: ignore[no-untyped-call]
+
+    @cached_property
+    def parts(self) -> dict[str, dict[str, int]]:
+        """The modules of each part inside a block, and how many outputs each returns in a tuple (0: one, bare).
+
+        A part that no block shows, or whose modules differ between blocks, is left out.
+        """
+        found: dict[str, dict[str, int]] = {}
+        for part in (ATTENTION, FEED_FORWARD):
+            modules = {paths for block in self.anatomy.blocks if (paths := part_modules(block, part))}
+            if len(modules) == 1:
+                [paths] = modules
+                block = next(each for each in self.anatomy.blocks if part_modules(each, part))
+                banks = [each.experts.module for each in self.anatomy.blocks if each.experts]
+                seen = trace(self.model, {block.index: block.path}, banks)[block.index]
+                if all(path in seen.lengths and _reads_once(seen.calls[path], self.anatomy.hidden) for path in paths):
+                    found[part] = {path: seen.lengths[path] for path in paths}
+        return found
+
+    def render(self) -> str:
+        """The file. Raises RequestError for an architecture that it could not serve."""
+        text = Path(__file__).with_name("modeling_heterogeneous.txt").read_text(encoding="utf-8")
+        body = self.model.base_model
+        path = self.anatomy.blocks[0].path.rpartition(".")[0]
+        known = getattr(transformers, type(body).__name__, None) is type(body) and body is not self.model
+        if not known or self.config.get_text_config(decoder=True) is not self.config:
+            raise RequestError(
+                f"blocks of {self.whole.__name__} that differ from each other could not be opened again, because it is no "
+                "plain language model with a public class for what lies below its head; plan the same widths for every "
+                "block."
+            )
+        return Template(text).substitute(
+            whole=self.whole.__name__,
+            body=type(body).__name__,
+            blocks=path,
+            blocks_of_body=path.removeprefix(f"{self.model.base_model_prefix}."),
+            parts=json.dumps(self.parts),
+            arguments=self.arguments,
+        )
+
+
+def _reads_once(call: Call, hidden: int) -> bool:
+    """Whether a module is given the residual stream at most once; one that is given it twice adds to it by itself."""
+    given = [leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return sum(leaf.ndim in (2, 3) and leaf.shape[-1] == hidden for leaf in given) <= 1
+
+
+def part_modules(block: Block, part: str) -> tuple[str, ...]:
+    """The modules, relative to the block, that make up its attention or feed-forward; none where it has no such part."""
+    inside = len(block.path) + 1
+    if part == ATTENTION:
+        return (block.attention.module[inside:],) if block.attention and block.attention.module != block.path else ()
+    found = block.feed_forward
+    if found is None:
+        return ()
+    if found.module != block.path:
+        return (found.module[inside:],)
+    # its matrices stand in the block itself, one by one: with each of them silent nothing is left to add
+    names = dict.fromkeys(part.parameter for part in (found.gate, found.up, found.down) if part)
+    return tuple(name[inside:].rpartition(".")[0] for name in names)
+
+
+def frame(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> Frame | None:
+    """The architecture behind a config.json, plain or of ours; None where transformers has no class for it."""
+    plain = plain_config(raw)
+    whole: Any = getattr(transformers, next(iter(plain.get("architectures") or []), ""), None)
+    return Frame(whole, kind.from_dict(plain)) if hasattr(whole, "_from_config") else None
+
+
+def model_files(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> dict[str, str]:
+    """The code that goes beside this config.json, by file name: none for an ordinary model."""
+    found = frame(raw, kind) if is_heterogeneous(raw) else None
+    return {FILE: found.render()} if found else {}
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether the only code that this model brings is byte for byte what would be written for it here.
+
+    Such code may run without anybody's word for it. Nothing of the directory is run to find out, and code of a tokenizer,
+    a line more in the file or another file named by config.json make it foreign.
+    """
+    try:
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if not is_heterogeneous(raw):
+            return False
+        if [path.name for path in directory.glob("*.py")] != [FILE]:
+            return False
+        words = directory / "tokenizer_config.json"
+        if words.exists() and "auto_map" in json.loads(words.read_text(encoding="utf-8")):
+            return False
+        found = frame(raw, transformers.CONFIG_MAPPING[raw["model_type"]])
+        if found is None or raw.get("auto_map") != found.auto_map:
+            return False
+        return (directory / FILE).read_bytes() == found.render().encode()
+    except Exception as error:  # whatever is wrong with it, it is not what we would have written
+        logger.debug("%s is not a file of ours: %s", directory / FILE, error)
+        return False

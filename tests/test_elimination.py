@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from secateur.tensor.elimination import eliminate
+from secateur.tensor.elimination import eliminate, eliminate_units
 
 
 def _responses(count: int, inputs: int, seed: int = 0) -> torch.Tensor:
@@ -99,3 +99,34 @@ def test_dead_inputs_go_first() -> None:
     kept, columns = eliminate(_gram(responses), torch.ones(3, 6), 4, group=1)
     assert kept.tolist() == [0, 2, 3, 5]
     assert bool(torch.isfinite(columns).all())
+
+
+def test_units_of_several_inputs_go_together_and_the_cheapest_first() -> None:
+    width, units = 3, 5
+    responses = _responses(400, width * units, 7)
+    weight = torch.randn(4, width * units, generator=torch.Generator().manual_seed(8))
+    target = responses @ weight.T
+
+    def refit(kept: list[int]) -> tuple[float, torch.Tensor]:
+        columns = [unit * width + place for unit in kept for place in range(width)]
+        solution = torch.linalg.lstsq(responses[:, columns], target).solution
+        return float((responses[:, columns] @ solution - target).square().sum()), solution.T
+
+    best = min(combinations(range(units), units - 1), key=lambda kept: refit(list(kept))[0])
+    kept, columns = eliminate(_gram(responses), weight, units - 1, ridge=1e-6, width=width)
+    assert tuple(kept.tolist()) == best
+    torch.testing.assert_close(columns, refit(list(best))[1], atol=1e-2, rtol=1e-2)
+
+
+def test_a_bias_is_one_more_input() -> None:
+    responses = _responses(500, 6, 9)
+    generator = torch.Generator().manual_seed(10)
+    weight, bias = torch.randn(4, 6, generator=generator), torch.randn(4, generator=generator)
+    kept, columns, found = eliminate_units(
+        _gram(responses).float(), responses.mean(0), weight, bias, 4, ridge=1e-6, group=1
+    )
+    both = torch.cat([responses[:, kept], torch.ones(len(responses), 1)], dim=1)
+    wanted = torch.linalg.lstsq(both, responses @ weight.T + bias).solution.T
+    torch.testing.assert_close(columns, wanted[:, :-1], atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(found, wanted[:, -1], atol=2e-2, rtol=2e-2)
+    assert eliminate_units(_gram(responses), None, weight, None, 4)[2] is None

@@ -5,6 +5,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from secateur.network.matrices import MatrixRef, view
 from secateur.network.store import resized_config
 from secateur.network.stream import Fetch, Piece
 from secateur.network.surgery import cut_module, silence_tensors
+from secateur.network.verify import prompt
 from secateur.network.views import Cut, Network, Plan, Units, Update, units_of
 from secateur.solving import relative_error
 from secateur.stage import Stage
@@ -61,8 +63,37 @@ class _CutsUnits(Stage):
                     setattr(self.source.config, key, value)
         except RequestError as error:
             logger.info("the cut module keeps the configuration that it had: %s", error)
+        wanted = self._outputs(module, silenced=True) if any(axis == "heads" for _, axis in cuts) else None
         cut_module(module, self.source.anatomy, cuts)
+        if wanted is not None:
+            self._compare(module, wanted)
         self.notes["kept"] = {axis: {str(b): n for b, n in kept.items()} for axis, kept in self.cuts.sizes().items()}
+
+    @torch.no_grad()
+    def _outputs(self, module: nn.Module, silenced: bool = False) -> Tensor:
+        """Logits of a live module on a fixed prompt; `silenced`: with nothing cut, and what is to be cut silent."""
+        if silenced:
+            module = deepcopy(module)
+            names = [name for name, _ in module.named_parameters()]
+            for name, tensor in self.cuts.silenced()(names).items():
+                module.get_parameter(name).copy_(tensor)
+        ids = torch.tensor([prompt(self.source.anatomy.vocabulary)], device=next(module.parameters()).device)
+        logits: Tensor = module(ids, use_cache=False).logits
+        return logits.float()
+
+    def _compare(self, module: nn.Module, wanted: Tensor) -> None:
+        """Attention may keep the number of its heads where nobody sees it. Raises RequestError when it then errs."""
+        try:
+            found = self._outputs(module)
+            same = bool((found - wanted).abs().max() <= 1e-3 * wanted.abs().max())
+        except Exception as error:  # whatever a foreign module does with fewer heads
+            logger.info("the cut module does not run: %s", error)
+            same = False
+        if not same:
+            raise RequestError(
+                f"{type(module).__name__} does not compute with fewer attention heads as a live module; give its directory "
+                "and an output, or choose axis=neurons."
+            )
 
     @abstractmethod
     def _decide_all(self) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import RunError
-from secateur.network.anatomy import Anatomy, Axis, Group
+from secateur.network.anatomy import Anatomy, Attention, Axis, Group
 from secateur.network.views import Cut
 
 
@@ -68,6 +68,19 @@ def cut_module(model: nn.Module, anatomy: Anatomy, cuts: Mapping[tuple[int, Axis
         tensors = {name: model.get_parameter(name).detach() for name in parameters}
         for name, tensor in cut_tensors(tensors, group, cut).items():
             replace_parameter(model, name, tensor)
+        attention = anatomy.blocks[index].attention
+        if axis == "heads" and attention:
+            _recount(model.get_submodule(attention.module), attention, len(cut.kept), group.count)
+
+
+def _recount(module: nn.Module, attention: Attention, kept: int, of: int) -> None:
+    """Corrects the numbers of heads that an attention module keeps, known by their values, some times the size of a head."""
+    size, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
+    counts = {kv_heads: kv_heads * kept // of, heads: heads * kept // of}
+    counts |= {count * size: new * size for count, new in counts.items()}
+    for name, value in list(vars(module).items()):
+        if type(value) is int and value in counts and value != size:
+            setattr(module, name, counts[value])
 
 
 def replace_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:

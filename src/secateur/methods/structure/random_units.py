@@ -15,5 +15,6 @@ from secateur.registry import Context, Cut, Units, method
 )
 def random_units(units: Units, context: Context) -> Cut:
     """Keeps units drawn uniformly without replacement."""
-    order = torch.randperm(units.count, generator=context.generator("units", units.block, units.axis))
+    stream = "units" if units.axis == "neurons" else units.axis
+    order = torch.randperm(units.count, generator=context.generator(stream, units.block))
     return Cut(order[: units.keep].sort().values)

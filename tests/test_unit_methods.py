@@ -1,0 +1,188 @@
+"""Methods that choose units on calibration tokens: scores by hand, what is counted, what a live module becomes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import secateur
+import tiny
+from secateur.network.anatomy import anatomy
+from secateur.network.source import open_model
+
+LENGTH, SKIP = 16, 4
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> Path:
+    drawn = torch.randint(3, tiny.VOCABULARY, (6, LENGTH), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "ids.json").write_text(json.dumps(drawn.tolist()))
+    return tmp_path / "ids.json"
+
+
+def recipe(
+    method: str, ids: Path, axis: str, calibration: dict[str, Any] | None = None, **given: Any
+) -> secateur.Recipe:
+    said = {"data": str(ids), "samples": 6, "length": LENGTH, "order": "first", "held_out": 0, **(calibration or {})}
+    step = {method: {"ratio": 0.5, "axis": axis, "multiple_of": 1, **given}}
+    return secateur.Recipe.parse({"steps": [step], "calibration": said})
+
+
+def inputs_of(model: nn.Module, name: str, ids: Path, skip: int = SKIP) -> Tensor:
+    """(t, d) what a matrix is given, without the first tokens of each sequence."""
+    caught: list[Tensor] = []
+    module = model.get_submodule(name.removesuffix(".weight"))
+    hook = module.register_forward_pre_hook(lambda _, given: caught.append(given[0].detach()))
+    with torch.no_grad():
+        model(torch.tensor(json.loads(ids.read_text())), use_cache=False)
+    hook.remove()
+    return caught[0][:, skip:].flatten(0, 1)
+
+
+def kept(result: secateur.Result, output: Path, axis: str, block: int) -> list[int]:
+    from secateur.files import read_tensors
+
+    assert result.output is not None
+    return read_tensors(output / "secateur" / "kept.safetensors")[0][f"block {block}, {axis}"].tolist()
+
+
+def scores(method: str, axis: str, inputs: Tensor, output: Tensor, head_dim: int, width: int) -> Tensor:
+    """By the formulas of the cards, unit by unit."""
+    found = []
+    for unit in range(inputs.shape[1] // width):
+        mine = slice(unit * width, (unit + 1) * width)
+        x, w = inputs[:, mine], output[:, mine]
+        if method == "wanda_units":
+            found.append((w.square().sum(0) * x.square().mean(0)).sum())
+        elif method == "flap":
+            found.append((w.square().sum(0) * x.var(0, unbiased=False)).sum())
+        elif axis == "neurons":
+            found.append(x.square().sum().sqrt())
+        else:
+            sizes = x.square().sum(0).sqrt().view(-1, head_dim)
+            found.append((sizes.mean(1) + 10 / head_dim * sizes.amax(1)).mean())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("axis", ["neurons", "heads"])
+@pytest.mark.parametrize("method", ["wanda_units", "flap", "transact"])
+def test_the_best_by_hand_are_kept(
+    method: str, axis: str, model: Callable[..., Path], ids: Path, tmp_path: Path
+) -> None:
+    """In the first block inputs are those of the dense network, the first tokens of a sequence left out."""
+    source = model("llama")
+    result = secateur.compress(source, recipe=recipe(method, ids, axis), output=tmp_path / "out", evaluate=False)
+    live = tiny.make("llama")
+    block = anatomy(live).blocks[0]
+    group = block.group(axis)  # type: ignore[arg-type]
+    assert group is not None and block.attention is not None
+    name, width = group.output.parameter, group.output.width
+    inputs = inputs_of(live, name, ids)
+    by_hand = scores(method, axis, inputs, live.get_parameter(name).detach(), block.attention.head_dim, width)
+    wanted = by_hand.argsort(descending=True, stable=True)[: group.count // 2].sort().values.tolist()
+    assert kept(result, tmp_path / "out", axis, 0) == wanted
+    assert wanted != list(range(len(wanted))), "which a method that keeps the first would not find"
+
+
+def test_tokens_at_the_beginning_count_when_asked_for(model: Callable[..., Path], ids: Path) -> None:
+    found = {}
+    for skip in (None, 0, 4):
+        said = recipe("unit_surgeon", ids, "neurons", {"skip": skip})
+        result = secateur.compress(tiny.make("llama"), recipe=said)
+        found[skip] = result.model.get_parameter("model.layers.0.mlp.down_proj.weight").detach()
+    assert torch.equal(found[None], found[4]) and not torch.equal(found[0], found[4])
+
+
+def test_later_blocks_see_what_earlier_ones_have_become(model: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
+    """The error that the receipt tells of the last block is that on inputs which come through the cut blocks."""
+    source, output = model("opt"), tmp_path / "out"
+    result = secateur.compress(source, recipe=recipe("flap", ids, "neurons"), output=output, evaluate=False)
+    cut, _ = secateur.network.source.load(output)
+    told = result.receipt["decisions"][0]["units"]["neurons"]["2"]["calibration_error"]
+    whole = tiny.make("opt")
+    block = anatomy(whole).blocks[2]
+    assert block.feed_forward is not None
+    name = block.feed_forward.down.parameter.removesuffix(".weight")
+    for place in range(2):  # the whole model with its first blocks as they have become
+        path = block.path.rpartition(".")[0]
+        whole.get_submodule(path)[place] = cut.get_submodule(path)[place]
+    inputs = inputs_of(whole, name, ids)
+    stays = kept(result, output, "neurons", 2)
+    before, after = whole.get_submodule(name), cut.get_submodule(name)
+    with torch.no_grad():
+        wanted, found = before(inputs), after(inputs[:, stays])
+        assert told == pytest.approx(
+            float((found - wanted).square().sum() / (wanted - before.bias).square().sum()), rel=1e-3
+        )
+    assert not torch.equal(before.bias, after.bias), "the mean of what went is in the bias"
+
+
+def test_refitting_loses_less_than_plain_removal(model: Callable[..., Path], ids: Path) -> None:
+    errors = {}
+    for method in ("wanda_units", "liar", "unit_surgeon"):
+        result = secateur.compress(tiny.make("gpt2"), recipe=recipe(method, ids, "neurons"))
+        errors[method] = result.receipt["decisions"][0]["mean calibration error"]
+    assert errors["unit_surgeon"] < errors["liar"] < errors["wanda_units"]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_mha", "qwen3", "phi3", "gpt2", "gpt_neox", "opt", "falcon_new"])
+def test_heads_of_a_live_module(name: str, ids: Path) -> None:
+    """What is cut computes what it computes with those heads silent; where it cannot, that is said."""
+    live = tiny.make(name)
+    words = torch.tensor([[5, 9, 200, 31, 7]])
+    try:
+        result = secateur.compress(live, recipe=recipe("unit_surgeon", ids, "heads"))
+    except secateur.RequestError as refusal:
+        assert "axis=neurons" in str(refusal) and name in ("gpt_neox", "opt", "falcon_new", "gpt2")
+        return
+    assert result.model is not None
+    with torch.no_grad():
+        assert torch.isfinite(result.model(words).logits).all()
+    lost = sum(p.numel() for p in live.parameters()) - sum(p.numel() for p in result.model.parameters())
+    blocks = anatomy(live).blocks
+    of = sum(
+        live.get_parameter(part.parameter).numel() // live.get_parameter(part.parameter).shape[part.dim] * part.width
+        for part in blocks[0].groups[0].slices
+    )
+    group = blocks[0].groups[0]
+    assert lost == of * (group.count // 2) * len(blocks)
+
+
+def test_heads_that_a_configuration_cannot_say_are_told(model: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
+    with pytest.raises(secateur.RequestError, match="cannot say 3 of 4 heads, only 1, 2") as refusal:
+        said = recipe("unit_surgeon", ids, "heads", ratio=0.2)
+        secateur.compress(model("llama_mha"), recipe=said, output=tmp_path / "out")
+    assert str(refusal.value).count(". ") <= 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "what"),
+    [
+        ("zipf_surgeon", {"axis": "heads"}, "cuts neurons only"),
+        ("wanda_units", {"axis": "layers"}, "axis"),
+        ("wanda_units", {"axis": []}, "axis"),
+        ("liar", {"by": "wanda"}, "must name a method that chooses units"),
+        ("liar", {"by": {"flap": {"ratio": 0.1}}}, "takes no ratio for flap"),
+    ],
+)
+def test_wrong_wishes(method: str, given: dict[str, Any], what: str) -> None:
+    with pytest.raises(secateur.RequestError, match=what):
+        secateur.Recipe.parse({"steps": [{method: given}]})
+
+
+def test_groups_are_found_by_what_heads_do(model: Callable[..., Path]) -> None:
+    """Fused, interleaved, shared: where the heads lie is seen from what changes, not from names."""
+    for name, wanted in {
+        "llama": (2, [(0, 32), (0, 16), (0, 16)]),
+        "phi3": (2, [(0, 32), (64, 16), (96, 16)]),
+        "gpt_neox": (4, [(0, 48), (0, 48)]),
+        "falcon_new": (2, [(0, 64)]),
+        "gpt2": (4, [(0, 16), (0, 16), (64, 16), (64, 16), (128, 16), (128, 16)]),
+    }.items():
+        group = open_model(model(name)).anatomy.blocks[1].group("heads")
+        assert group is not None
+        assert (group.count, [(part.offset, part.width) for part in group.inputs]) == wanted, name

@@ -32,6 +32,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "FLAP": ("flap", {}),
     "activation x weight": ("wanda_units", {}),
     "activation x weight, LIAR": ("liar", {"by": "wanda_units"}),
+    "COMP-style": ("comp", {}),
     "Zipf surgeon (ours)": ("zipf_surgeon", {}),
     "unit surgeon (ours)": ("unit_surgeon", {}),
 }

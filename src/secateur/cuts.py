@@ -11,6 +11,7 @@ from secateur.errors import RunError
 from secateur.files import read_tensors, write_tensors
 from secateur.network.anatomy import AXES, Axis, Block, Group
 from secateur.network.source import Source
+from secateur.network.store import stored_dtype
 from secateur.network.stream import Fetch
 from secateur.network.surgery import cut_tensors, silence_tensors
 from secateur.network.views import Cut
@@ -22,10 +23,11 @@ class Cuts:
     Args:
         folder: for the files.
         method: named where it gave what cannot be done.
+        dtype: of the written weights, None to keep the source's.
     """
 
-    def __init__(self, source: Source, folder: Path, method: str) -> None:
-        self._source, self._folder, self._method = source, folder, method
+    def __init__(self, source: Source, folder: Path, method: str, dtype: torch.dtype | None = None) -> None:
+        self._source, self._folder, self._method, self._dtype = source, folder, method, dtype
 
     def save(self, block: int, axis: Axis, cut: Cut) -> None:
         """Keeps a cut; one that cannot be done is refused before."""
@@ -77,7 +79,9 @@ class Cuts:
             axes = [axis for index, axis in self.known() if index == block.index]
             parameters = self._source.assemble(block.parameters, tensors) if axes else {}
             for axis in axes:
-                cut = cut_tensors(parameters, self.group(block.index, axis), self.read(block.index, axis))
+                cut = cut_tensors(
+                    parameters, self.group(block.index, axis), self.read(block.index, axis), self._written
+                )
                 parameters = {**parameters, **cut}
                 for parameter, tensor in cut.items():
                     tensors.update(self._source.take_apart(parameter, tensor, tensors))
@@ -119,6 +123,10 @@ class Cuts:
                     f"{where}: the new {name} hold non-finite values; use a smaller ratio, other parameters of the method "
                     "or another seed."
                 )
+
+    def _written(self, tensor: Tensor) -> torch.dtype:
+        # refitted weights are rounded once, to what is written
+        return stored_dtype(self._source, self._dtype, tensor.dtype)
 
     def _path(self, block: int, axis: Axis) -> Path:
         return self._folder / axis / f"{block}.safetensors"

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from secateur.calibration.statistics import CrossGram
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
 from secateur.network.depth import blocks_to_remove
+from secateur.network.matrices import MatrixRef
 from secateur.network.source import Source, conversion_dtype
 from secateur.network.store import stored_dtype
 from secateur.network.stream import pieces
@@ -25,7 +27,7 @@ from secateur.run import Run, make_stage, request
 from secateur.solving import Solver
 from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
-from secateur.units import Sizes
+from secateur.units import Sizes, asked_axes, output_matrices
 
 SHARD_BYTES = 256 * 10**6
 
@@ -53,7 +55,9 @@ def dry_run(
         said["time"] = "not known before the weights are converted"
         return said
     step = plan.steps[0]
-    if step.parameters.get("ratios"):  # one for each layer, of which one is tried
+    if step.registered.scope == "network" and step.parameters.get(
+        "ratios"
+    ):  # one for each layer, of which one is tried
         tried = step.model_copy(update={"parameters": {**step.parameters, "ratios": step.parameters["ratios"][:1]}})
         plan = plan.model_copy(update={"steps": (tried, *plan.steps[1:])})
     with tempfile.TemporaryDirectory() as folder:
@@ -94,13 +98,6 @@ def _needs(
         for axis, widths in sizes.items()
     }
 
-    def statistics(step: Step) -> int:
-        if SyntheticGram not in step.registered.needs.values():
-            return 0
-        layers = [block.feed_forward for block in original.anatomy.blocks if block.feed_forward]
-        # what refits from a statistic leaves new output weights in float32 beside it until the end
-        return sum(SyntheticGram.bytes(layer.units) + 4 * layer.hidden * layer.units for layer in layers)
-
     count = left = len(original.anatomy.blocks)
     for step in steps:
         if step.registered.scope == "blocks":
@@ -134,7 +131,8 @@ def _needs(
         _Pruning.of_step(original, step, plan.calibration) for step in steps if step.registered.scope == "weight"
     ]
     flows = [_flow_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "blocks"]
-    extra += between * (len(steps) - 1) + sum(map(statistics, steps)) + sum(each.disk for each in pruning)
+    flows += [_unit_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "units"]
+    extra += between * (len(steps) - 1) + sum(each.disk for each in pruning)
     extra += sum(disk for disk, _ in flows)
     beside = max([each.memory for each in pruning] + [memory for _, memory in flows], default=0)
     return {
@@ -208,21 +206,46 @@ class _Pruning:
         disk = of // 8 + min(4 * whole, SHARD_BYTES + 4 * max(sum(block.values()) for block in sizes.values()))
         memory = 0
         if solver.statistics:
-            positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-            tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, positions)
-            width = getattr(torch, wishes.dtype).itemsize
-            copies = 2 if CrossGram in solver.statistics else 1
-            disk += 8 * tokens + 2 * copies * tokens * source.anatomy.hidden * width
-            # matrices that share their input are counted one by one, because headers do not say which do
-            grams = any("gram" in kind.wants for kind in solver.statistics)  # type: ignore[attr-defined]
-            sums = max(sum(4 * ref.columns ** (2 if grams else 1) for ref in refs) for refs in targets.values())
-            memory = copies * sums + 4 * ACTIVATION_BYTES
-            if wishes.sequential:
-                widest = max(max(ref.rows, ref.columns) for refs in targets.values() for ref in refs)
-                memory += tokens * width * (4 * source.anatomy.hidden + 3 * widest)
+            more, memory = _pass_needs(source, solver, wishes, targets)
+            disk += more
         if solver.gradients:
             disk += 4 * whole
             memory = max(memory, 4 * source.anatomy.parameters + 8 * whole)
         if solver.calibrated and wishes.data == SELF:
             memory = max(memory, 4 * source.anatomy.parameters)
         return cls(sum(budget.weights for budget in budgets.values()), of, len(budgets), disk, memory)
+
+
+def _pass_needs(
+    source: Source, solver: Solver, wishes: Calibration, targets: Mapping[int, Sequence[MatrixRef]]
+) -> tuple[int, int]:
+    """Disk and memory that calibration tokens take on their way to these matrices."""
+    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, positions)
+    width = getattr(torch, wishes.dtype).itemsize
+    copies = 2 if CrossGram in solver.statistics else 1
+    disk = 8 * tokens + 2 * copies * tokens * source.anatomy.hidden * width
+    # matrices that share their input are counted one by one, because headers do not say which do
+    grams = any("gram" in kind.wants for kind in solver.statistics)  # type: ignore[attr-defined]
+    sums = max(sum(4 * ref.columns ** (2 if grams else 1) for ref in refs) for refs in targets.values())
+    memory = copies * sums + 4 * ACTIVATION_BYTES
+    if wishes.sequential:
+        widest = max(max(ref.rows, ref.columns) for refs in targets.values() for ref in refs)
+        memory += tokens * width * (4 * source.anatomy.hidden + 3 * widest)
+    return disk, memory
+
+
+def _unit_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, int]:
+    """Disk and memory that a step which cuts units block by block needs beside the model and a block's weights."""
+    solver, targets = Solver.of(step.registered, step.parameters), output_matrices(source, asked_axes(step))
+    # what is refitted waits in float32 for the other blocks
+    disk = sum(4 * ref.rows * ref.columns for refs in targets.values() for ref in refs)
+    if SyntheticGram in solver.needs:
+        layers = [block.feed_forward for block in source.anatomy.blocks if block.feed_forward]
+        disk += sum(SyntheticGram.bytes(layer.units) for layer in layers)
+    if not solver.statistics:
+        return disk, 0
+    more, memory = _pass_needs(source, solver, wishes, targets)
+    if wishes.data == SELF:
+        memory = max(memory, 4 * source.anatomy.parameters)
+    return disk + more, memory

@@ -178,10 +178,9 @@ class Recipe(BaseModel):
             raise RequestError(f"there is no text at {text}.")
         if self.calibrated:
             self.calibration.check()
-        for step in self.steps:
-            for key, value in step.parameters.items():
-                if isinstance(value, Path) and not value.exists():
-                    raise RequestError(f"{step.method}: {key}={value} does not exist.")
+        for where, path in self._files():
+            if not path.exists():
+                raise RequestError(f"{where.replace('.', ': ', 1)}={path} does not exist.")
 
     def plain(self) -> dict[str, Any]:
         """The recipe in plain data, as YAML or JSON hold it."""
@@ -189,15 +188,22 @@ class Recipe(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the result: steps, seed, dtype, and the content of files that parameters name."""
-        files = {
-            f"{step.method}.{name}": sha256(value) if value.is_file() else None
-            for step in self.steps
-            for name, value in step.parameters.items()
-            if isinstance(value, Path)
-        }
+        files = {where: sha256(path) if path.is_file() else None for where, path in self._files()}
         plain = self.plain()
         decides = {"seed": plain["seed"], "dtype": plain["dtype"], "steps": plain["steps"], "files": files}
         return decides | ({"calibration": self.calibration.identity()} if self.calibrated else {})
+
+    def _files(self) -> list[tuple[str, Path]]:
+        """Files that parameters name, those of methods inside methods too."""
+
+        def inside(where: str, value: Any) -> list[tuple[str, Path]]:
+            if isinstance(value, Path):
+                return [(where, value)]
+            if isinstance(value, dict):
+                return [found for key, entry in value.items() for found in inside(f"{where}.{key}", entry)]
+            return []
+
+        return [found for step in self.steps for found in inside(step.method, step.parameters)]
 
 
 class _Loader(yaml.SafeLoader):

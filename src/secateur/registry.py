@@ -320,6 +320,17 @@ class Method:
                 f"{self.name}: {name}={first['input']!r} was refused: {message(first)}."
                 + (f" ({name}: {self.help[name]})" if name in self.help else "")
             ) from error
+        for name in lazy:
+            if read[name] is None:
+                raise RequestError(
+                    f"{self.name}: {name} names a method and cannot be null; leave it out for its default."
+                )
+        for name in self.others if self.scope == "units" else ():
+            [other] = read[name] or [self.name]
+            if missing := [axis for axis in read["axis"] if axis not in find(other).axes]:
+                raise RequestError(
+                    f"{self.name}: {name}={other} cuts no {missing[0]}; name another method, or another axis."
+                )
         for axis in read["axis"] if self.scope == "units" else ():
             if axis not in self.axes:
                 raise RequestError(f"{self.name} cuts {' and '.join(self.axes)} only, not {axis}; leave `axis` out.")

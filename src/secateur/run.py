@@ -310,6 +310,9 @@ class Run:
         except RequestError as error:  # what was asked for was right, what was written is not
             raise RunError(f"the result does not open again: {error} Start again with --restart.") from error
         timings["reload check"] = time.time() - begun
+        for place, stage in enumerate(stages):
+            if any(later.step.registered.scope != "weight" for later in stages[place + 1 :]):
+                stage.superseded()
         begun = time.time()
         decisions = [
             {

@@ -103,6 +103,9 @@ class Stage(ABC):
     def config(self) -> dict[str, Any]:
         """The configuration of the result."""
 
+    def superseded(self) -> None:  # noqa: B027 (most leave nothing that could be)
+        """A later step has cut the matrices of this one: what lies beside the model must not speak of them any more."""
+
     @abstractmethod
     def _prepare(self) -> None:
         """What comes before the pieces: plans, statistics of the whole."""

@@ -19,21 +19,23 @@ from secateur.calibration.statistics import Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
 from secateur.context import Context, barrier, processes
 from secateur.cuts import Cuts
-from secateur.errors import RequestError
+from secateur.errors import RequestError, RunError
 from secateur.files import write_json, write_tensors, write_text
-from secateur.network.anatomy import Axis, Block
+from secateur.network.anatomy import AXES, Axis, Block
 from secateur.network.matrices import MatrixRef, view
-from secateur.network.store import resized_config
+from secateur.network.store import build, raw_config, resized_config
 from secateur.network.stream import Fetch, Piece
-from secateur.network.surgery import cut_module, silence_tensors
+from secateur.network.surgery import adopt_numbers, cut_module, silence_tensors
 from secateur.network.verify import prompt
 from secateur.network.views import Cut, Network, Plan, Units, Update, units_of
 from secateur.solving import relative_error
 from secateur.stage import Stage
-from secateur.units import asked_axes, planned_sizes
+from secateur.units import asked_axes, output_matrices, planned_sizes
 from secateur.workspace import Journal
 
 logger = logging.getLogger(__name__)
+
+_ABSENT = object()
 
 
 class _CutsUnits(Stage):
@@ -41,7 +43,7 @@ class _CutsUnits(Stage):
 
     @property
     def cuts(self) -> Cuts:
-        return Cuts(self.source, self.state / "cuts", self.step.method)
+        return Cuts(self.source, self.state / "cuts", self.step.method, self.dtype)
 
     def decided(self) -> dict[str, Any]:
         return {"units": self.cuts.decided()}
@@ -56,30 +58,41 @@ class _CutsUnits(Stage):
     def apply(self, module: nn.Module) -> None:
         self._decide_all()
         cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
+        heads = any(axis == "heads" for _, axis in cuts)
+        wanted = self._outputs(self._silenced(module)) if heads else None
         try:
             # so that a module whose widths its configuration can say may be saved
-            for key, value in resized_config(self.source, self.cuts.sizes(), plain=True).items():
-                if getattr(self.source.config, key, value) != value:
+            raw = resized_config(self.source, self.cuts.sizes(), plain=True)
+            if heads and (after := build(self.source, raw)) is not None:
+                before = build(self.source, raw_config(self.source))
+                adopt_numbers(module, before or after, after)
+            for key, value in raw.items():
+                if getattr(self.source.config, key, _ABSENT) != value:
                     setattr(self.source.config, key, value)
         except RequestError as error:
             logger.info("the cut module keeps the configuration that it had: %s", error)
-        wanted = self._outputs(module, silenced=True) if any(axis == "heads" for _, axis in cuts) else None
         cut_module(module, self.source.anatomy, cuts)
         if wanted is not None:
             self._compare(module, wanted)
         self.notes["kept"] = {axis: {str(b): n for b, n in kept.items()} for axis, kept in self.cuts.sizes().items()}
 
-    @torch.no_grad()
-    def _outputs(self, module: nn.Module, silenced: bool = False) -> Tensor:
-        """Logits of a live module on a fixed prompt; `silenced`: with nothing cut, and what is to be cut silent."""
-        if silenced:
-            module = deepcopy(module)
-            names = [name for name, _ in module.named_parameters()]
+    def _silenced(self, module: nn.Module) -> nn.Module:
+        """A copy with nothing cut, and what is to be cut silent."""
+        copy = deepcopy(module)
+        names = [name for name, _ in module.named_parameters()]
+        with torch.no_grad():
             for name, tensor in self.cuts.silenced()(names).items():
-                module.get_parameter(name).copy_(tensor)
-        ids = torch.tensor([prompt(self.source.anatomy.vocabulary)], device=next(module.parameters()).device)
-        logits: Tensor = module(ids, use_cache=False).logits
-        return logits.float()
+                copy.get_parameter(name).copy_(tensor)
+        return copy
+
+    @torch.no_grad()
+    def _outputs(self, module: nn.Module) -> Tensor:
+        """Logits of a live module on a fixed prompt, the last ones in a second call that reads the cache of the first."""
+        device = next(module.parameters()).device
+        ids = torch.tensor([prompt(self.source.anatomy.vocabulary)], device=device)
+        first = module(ids[:, :-2], use_cache=True)
+        second = module(ids[:, -2:], use_cache=True, past_key_values=first.past_key_values)
+        return torch.cat([first.logits, second.logits], dim=1).float()
 
     def _compare(self, module: nn.Module, wanted: Tensor) -> None:
         """Attention may keep the number of its heads where nobody sees it. Raises RequestError when it then errs."""
@@ -164,21 +177,10 @@ class UnitStage(_CutsUnits, BlockStage):
         super().__post_init__()
 
     def _refs(self) -> dict[int, list[MatrixRef]]:
-        """The output matrices of the units."""
-        refs: dict[int, list[MatrixRef]] = {}
-        self._axes: dict[str, Axis] = {}
-        for block in self.source.anatomy.blocks:
-            for axis in asked_axes(self.step):
-                group = block.group(axis)
-                assert group is not None, "checked before"
-                part, columns = group.output, group.count * group.output.width
-                self._axes[part.parameter] = axis
-                refs.setdefault(block.index, []).append(
-                    MatrixRef(
-                        part.parameter, part.parameter, None, self.source.anatomy.hidden, columns, part.dim == 0,
-                        block.index, axis,
-                    )
-                )  # fmt: skip
+        refs = output_matrices(self.source, asked_axes(self.step))
+        self._axes: dict[str, Axis] = {
+            ref.name: axis for block in refs.values() for ref in block for axis in AXES if ref.role == axis
+        }
         return refs
 
     def _decide_all(self) -> None:
@@ -224,8 +226,12 @@ class UnitStage(_CutsUnits, BlockStage):
         given: dict[type, Any] = {Units: units, Context: context}
         if SyntheticGram in self.solver.needs:
             given[SyntheticGram] = SyntheticGram.read(self._gram(ref.block))
+        if self.solver.statistics and not seen.tokens:
+            raise RunError(f"{units.name}: no calibration token reached it, so nothing is known of its units.")
         cut: Cut = self.solver.ask(given, seen, units.name)
         self.cuts.check(ref.block, axis, cut)
+        if len(cut.kept) != units.keep:
+            raise RunError(f"{self.step.method}, {units.name}: {len(cut.kept)} units were kept, not {units.keep}.")
         self._found.setdefault(ref.block, {})[axis] = cut
         entry: dict[str, Any] = {"notes": context.notes} if context.notes else {}
         names = [name for name in (group.output.parameter, group.output_bias) if name]

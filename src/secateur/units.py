@@ -1,10 +1,11 @@
 """Which units a step removes, and how many of each kind every block keeps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.errors import RequestError
 from secateur.network.anatomy import AXES, Axis
+from secateur.network.matrices import MatrixRef
 from secateur.network.source import Source
 from secateur.network.widths import round_width
 from secateur.recipe import Step
@@ -42,6 +43,20 @@ def present_sizes(source: Source, step: Step) -> Sizes:
                 )
             sizes[axis][block.index] = group.count
     return sizes
+
+
+def output_matrices(source: Source, axes: Sequence[Axis]) -> dict[int, list[MatrixRef]]:
+    """The matrices that read the units, by block in the order in which tokens meet them; their role is the axis."""
+    refs: dict[int, list[MatrixRef]] = {}
+    for block in source.anatomy.blocks:
+        for axis in axes:
+            if group := block.group(axis):
+                name, columns = group.output.parameter, group.count * group.output.width
+                transposed = group.output.dim == 0
+                refs.setdefault(block.index, []).append(
+                    MatrixRef(name, name, None, source.anatomy.hidden, columns, transposed, block.index, axis)
+                )
+    return refs
 
 
 def wanted_ratio(parameters: Mapping[str, Any]) -> float:

@@ -1,5 +1,6 @@
 """A step that zeroes or changes single weights."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,10 @@ class WeightStage(BlockStage):
 
     def config(self) -> dict[str, Any]:
         return resized_config(self.source, {})
+
+    def superseded(self) -> None:
+        shutil.rmtree(self._masks(), ignore_errors=True)
+        self.warnings.append("the masks of this step were not kept, because a later step has cut their matrices.")
 
     def _leave(self) -> None:
         removed, of = (sum(entry[key] for entry in self.matrices.values()) for key in ("removed", "of"))

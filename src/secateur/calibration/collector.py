@@ -37,15 +37,14 @@ class _Seat:
     """One batch on its way through the block.
 
     Args:
-        index: of the batch.
+        batch: what goes through.
         waiting: matrices that have not had their input yet.
         inputs: those seen so far with their points, alive so that no other tensor takes their place in memory.
         routes: which experts each token goes to, and how much each counts.
         dense: it goes through the dense network, beside the pass that is counted.
     """
 
-    index: int
-    held_out: bool
+    batch: Batch
     waiting: set[str]
     meet: Meet | None
     inputs: list[tuple[Tensor, str]] = field(default_factory=list)
@@ -93,7 +92,7 @@ class Collector:
         self._dense: dict[str, Tensor] = {}
         self._alias: dict[str, str] = {}
         self._sums: dict[str, Sums] = {}
-        self._uncounted: dict[str, list[tuple[int, bool, Tensor, Tensor | None]]] = {}
+        self._uncounted: dict[str, list[tuple[Batch, Tensor, Tensor | None]]] = {}
         self._complete: dict[str, Statistics] = {}
         self._kept: dict[tuple[str, bool], list[Tensor]] = {}
 
@@ -109,7 +108,7 @@ class Collector:
         """
         # without experts every matrix has its input in every batch, and the pass may end at the last one
         waiting = {""} if to_the_end or self._bank is not None else set(self._refs)
-        self._at.seat = _Seat(batch.index, batch.held_out, waiting, meet)
+        self._at.seat = _Seat(batch, waiting, meet)
         hook = self._bank.register_forward_pre_hook(self._routed, with_kwargs=True) if self._bank is not None else None
         try:
             with _Products(self):
@@ -122,7 +121,7 @@ class Collector:
     @contextmanager
     def recording_dense(self, batch: Batch) -> Iterator[None]:
         """Keeps what this batch is in the dense network, for the pass of the same batch that is watched next."""
-        self._at.seat = _Seat(batch.index, batch.held_out, {""}, None, dense=True)
+        self._at.seat = _Seat(batch, {""}, None, dense=True)
         try:
             with _Products(self):
                 yield
@@ -136,7 +135,7 @@ class Collector:
             return
         seat: _Seat = self._at.seat
         if seat.dense:
-            self._dense[ref.name] = self._counted(inputs)
+            self._dense[ref.name] = self._counted(ref, inputs)
             return
         # the same tensor, or the same numbers in another shape
         point = next((name for seen, name in seat.inputs if _same(seen, inputs)), None)
@@ -147,12 +146,12 @@ class Collector:
             )
         if first:
             seat.inputs.append((inputs, point))
-            rows = self._counted(inputs)
-            gates = None if seat.held_out else self._gates(ref, len(rows))
+            rows = self._counted(ref, inputs)
+            gates = None if seat.batch.held_out else self._gates(ref, len(rows))
             if seat.meet is None:
-                self._count(point, seat.held_out, rows, gates, self._dense.get(ref.name))
+                self._count(point, seat.batch, rows, gates, self._dense.get(ref.name))
             else:
-                self._uncounted.setdefault(point, []).append((seat.index, seat.held_out, rows, gates))
+                self._uncounted.setdefault(point, []).append((seat.batch, rows, gates))
         if seat.meet is not None:
             seat.meet(ref, point)
         seat.waiting.discard(ref.name)
@@ -223,30 +222,29 @@ class Collector:
             raise RunError(f"{ref.name} was given {tokens} tokens, but {len(token)} are routed to its expert.")
         return gates[token, choice]
 
-    def _counted(self, inputs: Tensor) -> Tensor:
+    def _counted(self, ref: MatrixRef, inputs: Tensor) -> Tensor:
         """(t, d) the inputs of the tokens that count. Experts are given tokens without their place: there all do."""
-        if self._skip and inputs.dim() == 3:
-            inputs = inputs[:, self._skip :]
+        batch: Batch = self._at.seat.batch
+        if self._skip and ref.expert is None and inputs.numel() == batch.ids.numel() * inputs.shape[-1]:
+            inputs = inputs.reshape(*batch.ids.shape, -1)[:, self._skip :]
         return inputs.reshape(-1, inputs.shape[-1])
 
-    def _count(
-        self, point: str, held_out: bool, rows: Tensor, gates: Tensor | None, dense: Tensor | None = None
-    ) -> None:
-        self._keep(point, rows, held_out)
-        if not held_out:
+    def _count(self, point: str, batch: Batch, rows: Tensor, gates: Tensor | None, dense: Tensor | None = None) -> None:
+        self._keep(point, batch, rows)
+        if not batch.held_out:
             if point not in self._sums:
                 self._sums[point] = Sums(self._wanted, rows.shape[1], rows.device)
             self._sums[point].add(rows, gates, dense)
 
     def _count_late(self, point: str) -> None:
-        for _, held_out, rows, gates in sorted(self._uncounted.pop(point, []), key=lambda seen: seen[0]):
-            self._count(point, held_out, rows, gates)
+        for batch, rows, gates in sorted(self._uncounted.pop(point, []), key=lambda seen: seen[0].index):
+            self._count(point, batch, rows, gates)
 
-    def _keep(self, point: str, rows: Tensor, held_out: bool) -> None:
-        quota = self._quota[held_out]
-        step = max(1, len(rows) // quota)
-        kept = self._kept.setdefault((point, held_out), [])
-        kept.append(rows[::step][:quota].float().clone())
+    def _keep(self, point: str, batch: Batch, rows: Tensor) -> None:
+        """Some of the rows, drawn: at even distances they could all be first tokens, which are like no others."""
+        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(batch.index))
+        places = drawn[: self._quota[batch.held_out]].sort().values.to(rows.device)
+        self._kept.setdefault((point, batch.held_out), []).append(rows[places].float())
 
     def _merge(self) -> None:
         """Adds the processes' sums in the order of their ranks, so that all have the same bits."""

@@ -54,6 +54,11 @@ class Passes:
         self._source, self._wishes, self._skip = source, wishes, skip
         self._wanted = {part for kind in kinds for part in kind.wants}  # type: ignore[attr-defined]
         every = [ref for block in refs.values() for ref in block]
+        shortest = min(len(ids) for ids in samples.sequences)
+        if skip >= shortest:
+            raise RequestError(
+                f"calibration: skip={skip} leaves nothing of a sequence of {shortest} tokens; give longer ones, or skip=0."
+            )
         if wishes.sequential and processes()[1] > 1:
             raise RequestError("calibration: sequential runs in one process; leave it out, or torchrun.")
         widest = max(max(ref.rows, ref.columns) for ref in every)

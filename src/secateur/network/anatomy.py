@@ -403,13 +403,16 @@ def _attention(path: str, finding: _Finding) -> Attention | None:
     output = (join(path, found.output.weight),)
     return Attention(
         join(path, found.host), found.heads, found.kv_heads, found.head_dim, found.fused, q, k, v, output,
-        _heads(path, found, roles.runs),
+        _heads(path, found, roles),
     )  # fmt: skip
 
 
-def _heads(path: str, found: AttentionProposal, runs: tuple[tuple[int, int, int], ...] | None) -> Group | None:
-    if runs is None:
+def _heads(path: str, found: AttentionProposal, roles: probe.AttentionRoles) -> Group | None:
+    if roles.runs is None:
         return None
+    # queries first, then keys and values, in whatever order the module holds them
+    order = [roles.q, roles.k, roles.v]
+    runs = sorted(roles.runs, key=lambda run: (order.index(run[0]), run[1]))
     size, inputs = found.head_dim, []
     first = sum(length for index, _, length in runs if index == runs[0][0])
     count = found.inputs[runs[0][0]].outputs // (first * size)

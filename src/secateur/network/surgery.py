@@ -1,23 +1,29 @@
 """Cuts units out of every tensor that is coupled to them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import RunError
-from secateur.network.anatomy import Anatomy, Attention, Axis, Group
+from secateur.network.anatomy import Anatomy, Axis, Group
 from secateur.network.views import Cut
 
 
-def cut_tensors(tensors: Mapping[str, Tensor], group: Group, cut: Cut) -> dict[str, Tensor]:
+def cut_tensors(
+    tensors: Mapping[str, Tensor],
+    group: Group,
+    cut: Cut,
+    dtype: Callable[[Tensor], torch.dtype] = lambda old: old.dtype,
+) -> dict[str, Tensor]:
     """The parameters that change when `cut` is applied, by parameter name; the others are not returned.
 
     Args:
         tensors: parameters of the block by their name in the model, at least all that are coupled.
         group: where its units lie.
-        cut: which units stay; new output weights are cast to the stored dtype.
+        cut: which units stay.
+        dtype: says from the old tensor in which dtype new output weights are given back.
 
     Raises RunError when a new weight is not finite in that dtype.
     """
@@ -34,7 +40,7 @@ def cut_tensors(tensors: Mapping[str, Tensor], group: Group, cut: Cut) -> dict[s
     if cut.output_bias is not None and group.output_bias:
         changed[group.output_bias] = cut.output_bias
     for name, tensor in changed.items():
-        changed[name] = tensor = tensor.to(tensors[name].dtype).contiguous()
+        changed[name] = tensor = tensor.to(dtype(tensors[name])).contiguous()
         if not bool(torch.isfinite(tensor).all()):
             raise RunError(
                 f"{name} would hold non-finite values after the cut: the method's solution diverged there. "
@@ -68,19 +74,18 @@ def cut_module(model: nn.Module, anatomy: Anatomy, cuts: Mapping[tuple[int, Axis
         tensors = {name: model.get_parameter(name).detach() for name in parameters}
         for name, tensor in cut_tensors(tensors, group, cut).items():
             replace_parameter(model, name, tensor)
-        attention = anatomy.blocks[index].attention
-        if axis == "heads" and attention:
-            _recount(model.get_submodule(attention.module), attention, len(cut.kept), group.count)
 
 
-def _recount(module: nn.Module, attention: Attention, kept: int, of: int) -> None:
-    """Corrects the numbers of heads that an attention module keeps, known by their values, some times the size of a head."""
-    size, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
-    counts = {kv_heads: kv_heads * kept // of, heads: heads * kept // of}
-    counts |= {count * size: new * size for count, new in counts.items()}
-    for name, value in list(vars(module).items()):
-        if type(value) is int and value in counts and value != size:
-            setattr(module, name, counts[value])
+def adopt_numbers(module: nn.Module, before: nn.Module, after: nn.Module) -> None:
+    """Numbers that modules keep of themselves, such as how many heads there are, in place: those that differ between the
+    skeletons that the configurations build, `before` the cut and `after` it.
+    """
+    new = dict(after.named_modules())
+    for path, old in before.named_modules():
+        for name, value in vars(old).items():
+            other = vars(new[path]).get(name, value) if path in new else value
+            if type(value) in (int, float) and type(other) is type(value) and other != value:
+                setattr(module.get_submodule(path), name, other)
 
 
 def replace_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -5,7 +5,8 @@ arXiv:2410.12013. S_ij = |W_ij| · ‖x_j · gate‖ = |W_ij| · √Σ_t (g_t x_
 
 For an expert's second matrix (down projection) the input is the expert's hidden activation, weighted by the same gate:
 an inference from the paper's Eq. 9, which does not say so itself. The paper's distillation expert by expert is not part
-of this step.
+of this step. The paper passes the dense network's outputs on to the next block; here they come through the pruned ones
+unless the recipe says `calibration: {inputs: dense}`.
 """
 
 from typing import Literal

@@ -99,7 +99,10 @@ class Cuts:
             for block, axis in self.known():
                 if block in asked:
                     group = self.group(block, axis)
-                    tensors = {**tensors, **silence_tensors(tensors, group, self.read(block, axis))}
+                    names_of = [name for name in (group.output.parameter, group.output_bias) if name in tensors]
+                    # in the dtype that is written, so that what was refitted is rounded here as it was there
+                    changed = {name: tensors[name].to(self._written(tensors[name])) for name in names_of if name}
+                    tensors = {**tensors, **silence_tensors(changed, group, self.read(block, axis))}
             return tensors
 
         return fetch

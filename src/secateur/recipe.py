@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from secateur.calibration.samples import Calibration
+from secateur.calibration.samples import SELF, Calibration
 from secateur.errors import RequestError, suggest
 from secateur.files import sha256
 from secateur.registry import COMMON, NEEDS, Method, find, message
@@ -31,7 +31,7 @@ class Step(BaseModel):
     @property
     def calibrated(self) -> bool:
         """Whether it learns from text, itself or through a method that it names."""
-        if self.registered.scope == "blocks":
+        if self.registered.scope in ("blocks", "vocabulary"):
             return any(NEEDS[need].data for need in self.registered.asked(self.parameters).values())
         return self.registered.scope in ("weight", "units") and Solver.of(self.registered, self.parameters).calibrated
 
@@ -178,6 +178,9 @@ class Recipe(BaseModel):
             raise RequestError(f"there is no text at {text}.")
         if self.calibrated:
             self.calibration.check()
+        counting = [step.method for step in self.steps if step.registered.scope == "vocabulary" and step.calibrated]
+        if counting and self.calibration.data == SELF:
+            raise RequestError(f"{counting[0]} counts the tokens of a text; name one with --calibration.")
         for step in self.steps:
             for key, value in step.parameters.items():
                 if isinstance(value, Path) and not value.exists():

@@ -24,7 +24,7 @@ from secateur.network.token_file import TokenFile
 
 @dataclass(frozen=True)
 class Written:
-    """segments: each of exactly the characters asked for. text: all of it with its separators. tokens: how many were drawn."""
+    """segments: each of exactly the characters asked for. text: all with its separators. tokens: how many were drawn."""
 
     segments: tuple[str, ...]
     text: str
@@ -65,9 +65,13 @@ def generate_lengths(
     if wrong or not counts:
         raise RequestError(f"lengths {list(counts)} were asked for; each is a whole number of at least 1.")
     if len(ends) != len(counts):
-        raise RequestError(f"there are {len(ends)} separators for {len(counts)} segments; give one for each, or one text.")
+        raise RequestError(
+            f"there are {len(ends)} separators for {len(counts)} segments; give one for each, or one text."
+        )
     if temperature < 0 or (top_k is not None and top_k < 1):
-        raise RequestError(f"temperature={temperature} and top_k={top_k}: neither is negative, and top_k is at least 1.")
+        raise RequestError(
+            f"temperature={temperature} and top_k={top_k}: neither is negative, and top_k is at least 1."
+        )
     ids = list(tokenizer(prompt)["input_ids"])
     if not ids:
         raise RequestError("the prompt holds no tokens, and the tokenizer puts none before it; give a prompt.")
@@ -134,7 +138,7 @@ class _Rules:
         self.bytes = bytes
         self._allowed = lru_cache(maxsize=None)(allowed)
         # a character that is begun can only be ended where every byte can follow
-        self._spells = {byte for byte in range(0x80, 0xC0)} <= {each[0] for each in bytes.values() if len(each) == 1}
+        self._spells = set(range(0x80, 0xC0)) <= {each[0] for each in bytes.values() if len(each) == 1}
         self._ends = lru_cache(maxsize=None)(self._can_end)
         self._behind = lru_cache(maxsize=None)(self._table)
 
@@ -181,9 +185,7 @@ def _read(written: bytes) -> tuple[str, bytes]:
     return characters, decoder.getstate()[0]
 
 
-def _draw(
-    logits: Tensor, possible: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
-) -> int:
+def _draw(logits: Tensor, possible: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
     scores = logits[possible]
     if temperature == 0:
         return int(possible[scores.argmax()])
@@ -195,7 +197,7 @@ def _draw(
 
 
 def _bytes_of_tokens(tokenizer: Any) -> dict[int, bytes]:
-    """{token: what it writes in the middle of a text}. Raises RequestError where tokens write more than their own letters."""
+    """{token: what it writes in the middle of a text}. Raises RequestError where that is not its letters alone."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise RequestError(
@@ -205,7 +207,7 @@ def _bytes_of_tokens(tokenizer: Any) -> dict[int, bytes]:
     tokens = TokenFile(json.loads(backend.to_str()))
     if tokens.kind in ("WordPiece", "WordLevel"):
         raise RequestError(
-            f"a {tokens.kind} tokenizer puts spaces between words that no token stands for, so characters cannot be counted; "
-            "use a model with a BPE or Unigram tokenizer."
+            f"a {tokens.kind} tokenizer puts spaces between words that no token stands for, so characters cannot be "
+            "counted; use a model with a BPE or Unigram tokenizer."
         )
     return {token: written for token in tokens.strings if (written := tokens.bytes_of(token))}

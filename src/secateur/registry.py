@@ -39,8 +39,8 @@ from secateur.context import Context
 from secateur.errors import RequestError, suggest
 from secateur.network.anatomy import AXES, Axis
 from secateur.network.blocks import Blocks, Kept
-from secateur.network.vocabulary import KeptTokens, Vocabulary
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Plan, Units, Update, Weight
+from secateur.network.vocabulary import KeptTokens, Vocabulary
 from secateur.tensor.patterns import Budget, Pattern
 
 __all__ = [
@@ -249,7 +249,7 @@ class Method:
 
     @property
     def scope(self) -> str:
-        """Called once for the whole network, all matrices, all blocks or all tokens, or for the units of each block or each matrix."""
+        """Called once for the network, all matrices, blocks or tokens, or for the units of each block or each matrix."""
         scopes = {NEEDS[need].scope for need in self.needs.values()} - {"any"}
         return scopes.pop()
 

@@ -58,7 +58,7 @@ def measure(
 
 
 def summary(receipt: Mapping[str, Any]) -> list[str]:
-    """One line per step: how many units are left, of how many, how many weights are zero, which blocks or how many tokens are gone."""
+    """One line per step: how many units or tokens are left, how many weights are zero, or which blocks are gone."""
     lines = []
     for decision in receipt["decisions"]:
         if matrices := decision.get("matrices"):

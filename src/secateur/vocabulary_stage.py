@@ -63,6 +63,10 @@ class VocabularyStage(Stage):
         self._decide(self._context("method"))
         return time.time() - begun
 
+    def removed(self) -> int:
+        """How many rows would go; nothing is written."""
+        return self.source.anatomy.vocabulary - len(self._decide(self._context("method")))
+
     def decided(self) -> dict[str, Any]:
         return {"vocabulary": {"kept": len(self.kept), "of": self.source.anatomy.vocabulary}}
 
@@ -132,7 +136,7 @@ class VocabularyStage(Stage):
 
     def _write_companions(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {name for name in self._files} | {
+        kept = set(self._files) | {
             path.name for path in companions(self.source) if path.suffix not in (".json", ".jinja", ".txt")
         }
         copy_companions(self.source, folder, kept)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -219,12 +219,12 @@ def read_entries(data: str) -> Iterator[str | list[int]]:
         if value in ([], ""):
             continue
         ids = isinstance(value, list) and all(type(number) is int and abs(number) < 2**63 for number in value)
-        if not isinstance(value, str) and not ids:
+        if not (isinstance(value, str) or ids):
             raise RequestError(
                 f'{data} holds {json.dumps(entry)[:60]}, which is no text, list of token ids, or {{"text": ...}} or '
                 '{"input_ids": ...} with one.'
             )
-        yield value
+        yield cast("str | list[int]", value)
 
 
 def _pieces(source: Source, data: str) -> list[Tensor]:

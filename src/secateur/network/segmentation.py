@@ -21,9 +21,7 @@ class Coverage:
     covered: int = 0
 
 
-def check_segmentation(
-    whole: Tokenizer, cut: Tokenizer, kept: Sequence[int], texts: Iterable[str]
-) -> Coverage:
+def check_segmentation(whole: Tokenizer, cut: Tokenizer, kept: Sequence[int], texts: Iterable[str]) -> Coverage:
     """Compares word by word: one whose tokens are all kept must be split into the same ones, under their new ids.
 
     A word is what the tokenizer itself splits a text into before it looks at tokens; that depends on no vocabulary.

@@ -291,7 +291,7 @@ def companions(source: Source) -> list[Path]:
 
 
 def copy_companions(source: Source, directory: Path, without: Set[str] = frozenset()) -> None:
-    """Copies what goes with the weights but for files of the names `without`; a live module has a generation config at most."""
+    """Copies what goes with the weights, but no file named in `without`; a live module has a generation config at most."""
     for path in companions(source):
         if path.name in without:
             continue

@@ -175,8 +175,8 @@ def token_rows(source: Source) -> Rows:
             if dims and embedding in dims and source.anatomy.head in dims:
                 return Rows(entries, _stored(source, dims) if source.tensors else {}, rows)
     raise RequestError(
-        f"the configuration of {type(model).__name__} has no entry that sets how many tokens it knows, so {source.spec} with "
-        "fewer could not be opened again."
+        f"the configuration of {type(model).__name__} has no entry that sets how many tokens it knows, so {source.spec} "
+        "with fewer could not be opened again."
     )
 
 
@@ -220,7 +220,9 @@ def _stored(source: Source, dims: Mapping[str, int]) -> dict[str, int]:
         keys = source.stored_keys(name) if name in parameters else tuple(filter(None, [buffers.get(name)]))
         for key in keys:
             if len(keys) > 1 or source.tensors[key].shape[dim] != source.anatomy.vocabulary:
-                raise RequestError(f"{source.spec} stores {name} in another layout than the model has it, so no token can go.")
+                raise RequestError(
+                    f"{source.spec} stores {name} in another layout than the model has it, so no token can be removed."
+                )
             found[key] = dim
     return found
 
@@ -247,8 +249,8 @@ def cut_config(source: Source, rows: Rows, kept: Sequence[int]) -> dict[str, Any
     found = {} if built is None else dict(built.named_parameters(remove_duplicate=False))
     if {name: tuple(tensor.shape) for name, tensor in found.items()} != wanted:
         raise RequestError(
-            f"the configuration of {type(source.skeleton).__name__} cannot say that {source.spec} has {len(kept)} tokens; keep "
-            "another number of them, with multiple_of."
+            f"the configuration of {type(source.skeleton).__name__} cannot say that {source.spec} has {len(kept)} tokens; "
+            "keep another number of them, with multiple_of."
         )
     return raw
 
@@ -264,7 +266,9 @@ def cut_companions(source: Source, tokens: TokenFile, kept: Sequence[int]) -> di
             content = _read(path)
             if path.name == "added_tokens.json" and isinstance(content, dict):
                 changed[path.name] = _json({token: new[old] for token, old in content.items() if old in new})
-            elif isinstance(content, dict) and (other := renumbered(content, new, source.anatomy.vocabulary)) != content:
+            elif (
+                isinstance(content, dict) and (other := renumbered(content, new, source.anatomy.vocabulary)) != content
+            ):
                 changed[path.name] = _json(other)
     return changed
 

@@ -136,10 +136,9 @@ class _Rules:
 
     def __init__(self, bytes: dict[int, bytes], allowed: Callable[[str], bool]) -> None:  # noqa: A002
         self.bytes = bytes
-        self._allowed = lru_cache(maxsize=None)(allowed)
+        self._allowed = allowed
         # a character that is begun can only be ended where every byte can follow
         self._spells = set(range(0x80, 0xC0)) <= {each[0] for each in bytes.values() if len(each) == 1}
-        self._ends = lru_cache(maxsize=None)(self._can_end)
         self._behind = lru_cache(maxsize=None)(self._table)
 
     def possible(self, part: bytes, left: int, rows: int) -> Tensor:
@@ -158,24 +157,25 @@ class _Rules:
                 characters, rest = _read(part + written)
             except UnicodeDecodeError:
                 continue
-            if all(map(self._allowed, characters)) and (not rest or self._ends(rest)):
+            if all(map(self._allowed, characters)) and (not rest or (self._spells and _can_end(rest, self._allowed))):
                 rows.append((token, len(characters), not rest))
         tokens, counts, ends = zip(*rows, strict=True) if rows else ((), (), ())
         return torch.tensor(tokens, dtype=torch.int64), torch.tensor(counts), torch.tensor(ends, dtype=torch.bool)
 
-    def _can_end(self, part: bytes) -> bool:
-        """Whether these first bytes of a character can become one that is allowed."""
-        if not self._spells:
-            return False
-        length = 2 if part[0] < 0xE0 else 3 if part[0] < 0xF0 else 4
-        for rest in product(range(0x80, 0xC0), repeat=length - len(part)):
-            try:
-                character = (part + bytes(rest)).decode()
-            except UnicodeDecodeError:
-                continue
-            if self._allowed(character):
-                return True
-        return False
+
+# kept between calls: how a character may go on has nothing to do with the model
+@lru_cache(maxsize=10_000)
+def _can_end(part: bytes, allowed: Callable[[str], bool]) -> bool:
+    """Whether these first bytes of a character can become one that is allowed."""
+    length = 2 if part[0] < 0xE0 else 3 if part[0] < 0xF0 else 4
+    for rest in product(range(0x80, 0xC0), repeat=length - len(part)):
+        try:
+            character = (part + bytes(rest)).decode()
+        except UnicodeDecodeError:
+            continue
+        if allowed(character):
+            return True
+    return False
 
 
 def _read(written: bytes) -> tuple[str, bytes]:

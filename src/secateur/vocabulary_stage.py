@@ -128,7 +128,7 @@ class VocabularyStage(Stage):
             )
         check_segmentation(whole, cut, self.kept, filter(None, map(words.text_of, self.kept)))
         coverage = check_segmentation(whole, cut, self.kept, self._lines())
-        if coverage.words:
+        if coverage.before:
             context.note("text", _told(coverage))
 
     def _lines(self) -> Iterator[str]:
@@ -161,8 +161,7 @@ class VocabularyStage(Stage):
 
 
 def _told(coverage: Coverage) -> str:
-    share = coverage.covered / coverage.words
     return (
-        f"{share:.2%} of its words are split into the same tokens as before, the others into others; it takes "
-        f"{coverage.after:,} tokens instead of {coverage.before:,}"
+        f"{coverage.kept / coverage.before:.2%} of its tokens are kept; it takes {coverage.after:,} tokens instead of "
+        f"{coverage.before:,}"
     )

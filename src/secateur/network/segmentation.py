@@ -13,9 +13,12 @@ _AT_ONCE = 1000
 
 @dataclass
 class Coverage:
-    """tokens: of the texts, before and after. words: of them, and how many whose tokens are all kept."""
+    """before, after: tokens of the texts. kept: of those before. words: of the texts; covered: those whose tokens are all
+    kept. Where a tokenizer splits nothing before it looks at tokens, a text is one word.
+    """
 
     before: int = 0
+    kept: int = 0
     after: int = 0
     words: int = 0
     covered: int = 0
@@ -35,6 +38,7 @@ def check_segmentation(whole: Tokenizer, cut: Tokenizer, kept: Sequence[int], te
         pairs = zip(*(each.encode_batch(lines, add_special_tokens=False) for each in (whole, cut)), strict=True)
         for text, (before, after) in zip(lines, pairs, strict=True):
             found.before += len(before.ids)
+            found.kept += sum(number in new for number in before.ids)
             found.after += len(after.ids)
             words = _words(after)
             for word, ids in _words(before).items():

@@ -301,8 +301,9 @@ def renumbered(content: Mapping[str, Any], new: Mapping[int, int], rows: int) ->
             changed[name] = _mapped(value, new, rows)
         elif name in _PAIRS and isinstance(value, list):
             at = _PAIRS[name]
-            pairs = [[_mapped(each, new, rows) if place == at else each for place, each in enumerate(p)] for p in value]
-            changed[name] = [pair for pair in pairs if pair[at] is not None]
+            # [[ids]] is a list of one sequence, and empty where that cannot be written any more
+            read = [(pair, _mapped([pair[at]], new, rows)) for pair in value]
+            changed[name] = [[*pair[:at], *found, *pair[at + 1 :]] for pair, found in read if found]
         elif isinstance(value, dict):
             changed[name] = renumbered(value, new, rows)
         else:

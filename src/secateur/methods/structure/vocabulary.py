@@ -59,9 +59,13 @@ def vocabulary(
         order = counts.most_frequent()
         wanted = order[:keep] if keep is not None else [t for t in order if int(counts.counts[t]) >= minimum]
         order += [token for token in sorted(words.strings) if not int(counts.counts[token])]
-    if characters:
-        wanted += [token for token in words.strings if len(words.text_of(token) or "") == 1]
-    kept = words.keep(wanted, order, multiple_of)
+    letters = [token for token in words.strings if len(words.text_of(token) or "") == 1]
+    kept = words.keep(wanted + letters if characters else wanted, order, multiple_of)
+    if not words.bytes and (gone := len(set(letters) - set(kept.ids))):
+        context.warn(
+            f"vocabulary: {gone:,} tokens of a single character go, and this tokenizer spells nothing in bytes, so they "
+            "become unknown tokens; characters=true keeps them."
+        )
     if len(kept.ids) % multiple_of:
         context.warn(f"vocabulary: all {len(kept.ids)} rows are kept, which is no multiple of {multiple_of}.")
     return kept

@@ -19,15 +19,15 @@ import command
 import outcome
 import secateur
 import tiny
-from secateur import forecast, registry
+from secateur import forecast
+from secateur.calibration import token_counts
 from secateur.calibration.samples import Samples
 from secateur.evaluation import evaluate, render, tokenize
-from secateur.network import vocabulary as engine
 from secateur.network.segmentation import check_segmentation
 from secateur.network.source import open_model
 from secateur.network.token_file import TokenFile
 from secateur.network.verify import CleanProcess
-from secateur.network.vocabulary import KeptTokens, Vocabulary, renumbered, token_rows
+from secateur.network.vocabulary import KeptTokens, Vocabulary, cut_config, renumbered, token_rows
 
 Make = Callable[..., Path]
 TEXT = "the heron and the other hen are near the tree, there is one stone\n" * 4 + "¿dónde está? 東京 – naïve\n" * 3
@@ -118,7 +118,8 @@ def save_with(tokenizer: Tokenizer, directory: Path, name: str = "llama", extra_
     return directory
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "gptj", "opt"])
+# a tokenizer class of transformers adds a token to that of qwen2 for which there is no row
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gptj", "opt", "qwen2"])
 def test_kept_tokens_compute_the_same(name: str, model: Make, run: Callable, tmp_path: Path) -> None:
     run(model(name), tmp_path / "out")
     dense, cut = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (model(name), tmp_path / "out"))
@@ -312,15 +313,19 @@ def test_files_name_tokens_by_their_new_ids(model: Make, run: Callable, tmp_path
     assert not (tmp_path / "out" / "vocab.json").exists() and not (tmp_path / "out" / "merges.txt").exists()
 
 
-def test_ids_left_to_their_default_are_renumbered() -> None:
-    source = open_model(tiny.make("llama"))
-    source.live = None  # its configuration alone matters here
-    raw = {k: v for k, v in source.config.to_dict().items() if k not in ("bos_token_id", "eos_token_id")}
-    config = type(source.config).from_dict(raw)
-    assert (config.bos_token_id, config.eos_token_id) == (1, 2), "what a llama that says nothing has"
-    assert renumbered({"a_token_id": 2, "b_token_id": 9, "c": 2, "d_token_id": None}, {2: 1}, 5) == {
-        "a_token_id": 1, "b_token_id": 9, "c": 2, "d_token_id": None,
-    }  # fmt: skip
+def test_ids_left_to_their_default_are_renumbered(model: Make, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model("llama"), source)
+    said = json.loads((source / "config.json").read_text())
+    assert (said.pop("bos_token_id"), said.pop("eos_token_id")) == (1, 2), "what a llama has that says nothing"
+    (source / "config.json").write_text(json.dumps(said))
+    opened = open_model(source)
+    cut = cut_config(opened, token_rows(opened), [1, 2, 7, 300])
+    assert (cut["bos_token_id"], cut["eos_token_id"], cut["pad_token_id"], cut["vocab_size"]) == (0, 1, None, 4)
+    changed = renumbered(
+        {"a_token_id": 2, "b_token_id": 9, "c": 2, "d_token_id": None, "e": {"f_token_ids": [1, 2]}}, {2: 1}, 5
+    )
+    assert changed == {"a_token_id": 1, "b_token_id": 9, "c": 2, "d_token_id": None, "e": {"f_token_ids": [1]}}
 
 
 def test_positions_that_are_as_many_as_tokens_stay(tmp_path: Path, clean: CleanProcess) -> None:
@@ -379,6 +384,14 @@ def test_what_cannot_be_cut_is_refused(model: Make, run: Callable, tmp_path: Pat
     small = save_with(trained("BPE", 260), tmp_path / "small", extra_rows=-1)
     with pytest.raises(secateur.RequestError, match="gives 'HERON' the id .*, but the embedding has only"):
         run(small, tmp_path / "out", method="charpoet")
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps([[1, 2, 3]]))
+    steps = [{"charpoet": {}}, {"wanda": {}}]
+    with pytest.raises(
+        secateur.RequestError, match="holds token ids, which mean other tokens behind charpoet, where wanda"
+    ):
+        recipe = secateur.Recipe.parse({"steps": steps, "calibration": {"data": str(ids)}})
+        secateur.compress(model("llama"), recipe=recipe, output=tmp_path / "out")
     text.write_text("")
     with pytest.raises(secateur.RequestError, match="holds no tokens to count"):
         run(model("llama"), tmp_path / "out")
@@ -499,6 +512,14 @@ def test_bits_per_byte_across_vocabularies(model: Make, run: Callable, text: Pat
     assert bare.divergence is None and bare.model.perplexity is None and "with a text" in bare.notes[0]
 
 
+def test_long_texts_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
+    words = tiny.tokenizer().backend_tokenizer
+    whole = token_counts.count_tokens(str(text), words, tiny.VOCABULARY)
+    monkeypatch.setattr(token_counts, "_AT_ONCE", 40)
+    assert torch.equal(token_counts.count_tokens(str(text), words, tiny.VOCABULARY).counts, whole.counts)
+    assert whole.total == len(words.encode(text.read_text()).ids) and whole.most_frequent()[0] == words.token_to_id("Ġ")
+
+
 LENGTHS = [5, 7, 1, 20]
 
 
@@ -571,8 +592,3 @@ def test_lengths_that_cannot_be(counts: list, options: dict, what: str, model: M
         secateur.generate_lengths(module, words, options.pop("prompt", "the"), counts, **options)
     with pytest.raises(secateur.RunError, match="no token of this vocabulary can go on"):
         secateur.generate_lengths(module, words, "the", [2], allowed=lambda _: False)
-
-
-def test_a_method_joins_by_what_it_asks_for() -> None:
-    assert registry.NEEDS[Vocabulary].returns == (KeptTokens,)
-    assert engine.TOKENIZER == "tokenizer.json"

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from secateur.calibration.samples import SELF, Calibration
+from secateur.calibration.samples import SELF, Calibration, read_entries
 from secateur.errors import RequestError, suggest
 from secateur.files import sha256
 from secateur.registry import COMMON, NEEDS, Method, find, message
@@ -181,6 +181,13 @@ class Recipe(BaseModel):
         counting = [step.method for step in self.steps if step.registered.scope == "vocabulary" and step.calibrated]
         if counting and self.calibration.data == SELF:
             raise RequestError(f"{counting[0]} counts the tokens of a text; name one with --calibration.")
+        for index, step in enumerate(self.steps):
+            later = [other.method for other in self.steps[index + 1 :] if other.calibrated]
+            if step.registered.scope == "vocabulary" and later and _holds_ids(self.calibration.data):
+                raise RequestError(
+                    f"{self.calibration.data} holds token ids, which mean other tokens behind {step.method}, where "
+                    f"{later[0]} reads them; give text instead."
+                )
         for step in self.steps:
             for key, value in step.parameters.items():
                 if isinstance(value, Path) and not value.exists():
@@ -201,6 +208,10 @@ class Recipe(BaseModel):
         plain = self.plain()
         decides = {"seed": plain["seed"], "dtype": plain["dtype"], "steps": plain["steps"], "files": files}
         return decides | ({"calibration": self.calibration.identity()} if self.calibrated else {})
+
+
+def _holds_ids(data: str) -> bool:
+    return Path(data).suffix in (".json", ".jsonl") and any(isinstance(entry, list) for entry in read_entries(data))
 
 
 class _Loader(yaml.SafeLoader):

@@ -23,6 +23,7 @@ from secateur.network.vocabulary import (
     Vocabulary,
     cut_companions,
     cut_config,
+    misnumbered,
     open_fast,
     open_vocabulary,
     token_rows,
@@ -78,17 +79,18 @@ class VocabularyStage(Stage):
         made = path.exists()
         barrier()  # everybody has looked before the first process can have written it
         context = self._context("method")
-        if not made:
-            kept = self._decide(context)
-            self._say(kept)
+        if made:
+            told = read_json(path)
+            self._say(told["ids"])
+            context.notes, context.warnings = told["notes"], told["warnings"]
+        else:
+            self._say(self._decide(context))
             if processes()[0] == 0:
                 self._check_tokenizer(context)
-                write_json(path, {"ids": list(kept), "notes": context.notes, "warnings": context.warnings})
+                write_json(path, {"ids": list(self.kept), "notes": context.notes, "warnings": context.warnings})
             barrier()
-        told = read_json(path)
-        self._say(told["ids"])
-        self.notes.update(told["notes"])
-        self.warnings += told["warnings"]
+        self.notes.update(context.notes)
+        self.warnings += context.warnings
 
     def _say(self, kept: Sequence[int]) -> None:
         """Takes a decision over, if a configuration can say it."""
@@ -120,11 +122,10 @@ class VocabularyStage(Stage):
             cut = open_fast(folder, "the result")
         except RequestError as error:  # the request was right, what came of it is not
             raise RunError(str(error)) from error
-        wanted = {tokens.strings[old]: new for new, old in enumerate(self.kept) if old in tokens.strings}
-        if cut.get_vocab(with_added_tokens=True) != wanted:
+        if wrong := misnumbered(cut, tokens, self.kept):
             raise RunError(
-                f"the tokenizer of {self.source.spec} gives its tokens other ids than were written once it has only "
-                f"{len(self.kept)}; it cannot be cut so."
+                f"the tokenizer of {self.source.spec} with only {len(self.kept)} tokens gives {wrong[0]!r} another id than "
+                "was written; it cannot be cut so."
             )
         check_segmentation(whole, cut, self.kept, filter(None, map(words.text_of, self.kept)))
         coverage = check_segmentation(whole, cut, self.kept, self._lines())

@@ -12,6 +12,8 @@ from secateur.calibration.samples import read_entries
 from secateur.context import Progress, silent
 from secateur.errors import RequestError
 
+_AT_ONCE = 10**6
+
 
 @dataclass(frozen=True)
 class TokenCounts:
@@ -44,18 +46,36 @@ def count_tokens(data: str, words: Tokenizer, rows: int, progress: Progress = si
     counts = torch.zeros(rows, dtype=torch.int64)
     with progress("counting tokens", 1) as bar:
         for entry in read_entries(data):
-            ids = words.encode(entry, add_special_tokens=False).ids if isinstance(entry, str) else entry
-            found = torch.tensor(ids, dtype=torch.int64)
-            if len(found) and not 0 <= int(found.min()) <= int(found.max()) < rows:
-                raise RequestError(
-                    f"{name} holds a token id outside the model's vocabulary of {rows}; encode it with the model's own "
-                    "tokenizer."
-                )
-            counts += torch.bincount(found, minlength=rows)
+            for ids in _encoded(entry, words):
+                found = torch.tensor(ids, dtype=torch.int64)
+                if len(found) and not 0 <= int(found.min()) <= int(found.max()) < rows:
+                    raise RequestError(
+                        f"{name} holds a token id outside the model's vocabulary of {rows}; encode it with the model's own "
+                        "tokenizer."
+                    )
+                counts += torch.bincount(found, minlength=rows)
         bar.advance()
     if not int(counts.sum()):
         raise RequestError(f"{name} holds no tokens to count; name another text.")
     return TokenCounts(counts, name)
+
+
+def _encoded(entry: str | list[int], words: Tokenizer) -> Iterator[list[int]]:
+    """Token ids of a text, in parts of about `_AT_ONCE` characters that end with a line: each token takes some hundred
+    bytes until it is counted.
+    """
+    if not isinstance(entry, str):
+        yield entry
+        return
+    part: list[str] = []
+    size = 0
+    for line in entry.splitlines(keepends=True):
+        part.append(line)
+        size += len(line)
+        if size >= _AT_ONCE:
+            yield words.encode("".join(part), add_special_tokens=False).ids
+            part, size = [], 0
+    yield words.encode("".join(part), add_special_tokens=False).ids
 
 
 def lines_of(data: str) -> Iterator[str]:

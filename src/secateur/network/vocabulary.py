@@ -104,12 +104,15 @@ def open_vocabulary(source: Source) -> tuple[Vocabulary, TokenFile, Tokenizer]:
             "to a directory and name that."
         )
     fast = open_fast(source.directory, source.spec)
-    path = source.directory / TOKENIZER
+    path, rows = source.directory / TOKENIZER, source.anatomy.vocabulary
     raw = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if raw is None or TokenFile(raw).ids != fast.get_vocab(with_added_tokens=True):
+    known = TokenFile(raw).ids if raw is not None else {}
+    # some classes of transformers add tokens of their own, which a model without a row for them never knew
+    used = {token: number for token, number in _vocab(fast).items() if token in known or number < rows}
+    if raw is None or used != known:
         # transformers makes it from older files, or adds tokens that other files name
         raw = json.loads(fast.to_str())
-    tokens, rows = TokenFile(raw), source.anatomy.vocabulary
+    tokens = TokenFile(raw)
     if tokens.kind not in ("BPE", "Unigram", "WordPiece", "WordLevel"):
         raise RequestError(
             f"the tokenizer of {source.spec} is a {tokens.kind}, which is not known how to cut; BPE, Unigram, WordPiece and "
@@ -125,10 +128,25 @@ def open_vocabulary(source: Source) -> tuple[Vocabulary, TokenFile, Tokenizer]:
     return Vocabulary(rows, tokens, named), tokens, fast
 
 
+def misnumbered(fast: Tokenizer, tokens: TokenFile, kept: Sequence[int]) -> list[str]:
+    """The tokens that a tokenizer made for the tokens `kept` does not give their new ids, and others that it has."""
+    wanted = {tokens.strings[old]: new for new, old in enumerate(kept) if old in tokens.strings}
+    found = _vocab(fast)
+    others = [
+        token for token, number in found.items() if token not in wanted and (token in tokens.ids or number < len(kept))
+    ]
+    return [token for token, number in wanted.items() if found.get(token) != number] + others
+
+
+def _vocab(fast: Tokenizer) -> dict[str, int]:
+    found: dict[str, int] = fast.get_vocab(with_added_tokens=True)
+    return found
+
+
 def open_fast(directory: Path, spec: str) -> Tokenizer:
     """The tokenizer of a directory as the tokenizers library runs it, without padding. Raises RequestError."""
     try:
-        words = AutoTokenizer.from_pretrained(directory)
+        words = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # each kind of tokenizer file fails in its own way
         raise RequestError(f"the tokenizer of {spec} could not be read: {line(error)}") from error
     backend = getattr(words, "backend_tokenizer", None)

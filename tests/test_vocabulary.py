@@ -23,6 +23,7 @@ from secateur import forecast
 from secateur.calibration import token_counts
 from secateur.calibration.samples import Samples
 from secateur.evaluation import evaluate, render, tokenize
+from secateur.generation import _Rules, readable
 from secateur.network.segmentation import check_segmentation
 from secateur.network.source import open_model
 from secateur.network.token_file import TokenFile
@@ -207,6 +208,37 @@ def test_what_bpe_needs_on_the_way() -> None:
     assert older.rebuilt(older.closed([older.ids["abc"]]))["model"]["merges"] == ["a b", "ab c"]
     dead = bpe("a b", "b c", "a bc")
     assert dead.on_the_way(dead.ids["abc"]) == set(), "ab is merged first, so nothing ever leads to abc"
+
+
+def test_a_file_names_tokens_by_their_new_ids() -> None:
+    """By hand: one piece goes, the unknown token and those that are put around a text move down."""
+    pieces = [["a", -1.0], ["b", -9.0], ["ab", -3.0], ["<unk>", 0.0], ["<s>", 0.0], ["c", -2.0]]
+    added = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokens = TokenFile(
+        {
+            "model": {"type": "Unigram", "unk_id": 3, "vocab": pieces},
+            "added_tokens": [{"id": 4, "content": "<s>", **added}],
+            "post_processor": {
+                "type": "Sequence",
+                "processors": [
+                    {
+                        "type": "TemplateProcessing",
+                        "special_tokens": {"<s>": {"id": "<s>", "ids": [4], "tokens": ["<s>"]}},
+                    },
+                    {"type": "BertProcessing", "sep": ["<s>", 4], "cls": ["<unk>", 3]},
+                ],
+            },
+            "padding": {"pad_id": 4},
+        }
+    )
+    assert tokens.needed == {1, 3, 4}, "b is the least likely: what is unknown is scored by it"
+    assert tokens.unknown == 3 and tokens.special == {4}
+    rebuilt = tokens.rebuilt(tokens.closed([5]))
+    assert rebuilt["model"] == {"type": "Unigram", "unk_id": 1, "vocab": [pieces[i] for i in (1, 3, 4, 5)]}
+    template, pair = rebuilt["post_processor"]["processors"]
+    assert template["special_tokens"]["<s>"]["ids"] == [2] and (pair["sep"], pair["cls"]) == (["<s>", 2], ["<unk>", 1])
+    assert rebuilt["added_tokens"][0]["id"] == rebuilt["padding"]["pad_id"] == 2
+    assert tokens.raw["model"]["unk_id"] == 3, "the source's file is as it was"
 
 
 def test_bpe_keeps_its_segmentation_for_any_choice(tmp_path: Path) -> None:
@@ -542,6 +574,20 @@ def test_lengths_are_exact(kind: str, model: Make, run: Callable, tmp_path: Path
     assert len(texts) == 12
     again = secateur.generate_lengths(module, words, "the", LENGTHS, separators=[", ", "!\n", "", "."], seed=3)
     assert again.text in texts, "same seed, same text"
+
+
+def test_a_character_is_not_begun_that_would_be_too_many() -> None:
+    tokens = {0: b"a", 1: b"a\xc3", 2: b"\xc3", 3: b"aa", **{byte: bytes([byte]) for byte in range(0x80, 0xC0)}}
+    rules = _Rules(tokens, readable)
+    assert rules.possible(b"", 1, 256).tolist() == [0, 2]
+    assert rules.possible(b"", 2, 256).tolist() == [0, 1, 2, 3]
+    assert rules.possible(b"", 2, 3).tolist() == [0, 1, 2], "no more rows than the model has"
+    assert rules.possible(b"\xc3", 1, 256).tolist() == list(range(0x80, 0xC0)), "À to ÿ"
+    assert rules.possible(b"\xc2", 1, 256).tolist() == [b for b in range(0xA0, 0xC0) if b != 0xAD], (
+        "no control characters"
+    )
+    few = _Rules({0: b"a", 2: b"\xc3", 0xA0: b"\xa0"}, readable)
+    assert few.possible(b"", 1, 256).tolist() == [0], "what cannot be ended by every byte is not begun"
 
 
 def test_free_decoding_misses_the_length(model: Make) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import outcome
@@ -47,6 +48,11 @@ def _drops(method: str) -> bool:
     return methods()[method].scope == "blocks"
 
 
+def _renumbers(method: str) -> bool:
+    """Whether it removes tokens."""
+    return methods()[method].scope == "vocabulary"
+
+
 def _cuts(method: str) -> bool:
     """Whether it removes neurons; the others zero or change single weights."""
     return methods()[method].scope in ("units", "network")
@@ -64,6 +70,7 @@ SPARED = {"dense_refit": {"targets": ["attention"]}}
 
 def _recipe(method: str, name: str, ids: Path) -> secateur.Recipe:
     parameters: dict = {"ratio": 0.2} if _cuts(method) or _drops(method) else {"pattern": SPARSITY}
+    parameters = {} if _renumbers(method) else parameters
     if methods()[method].scope == "units":
         parameters["axis"] = _axes(method, name)
     spared = SPARED.get(method, {}) if name in MIXTURES else {}
@@ -127,6 +134,21 @@ def _check_dropped(output: Path, source: Path, dense: torch.nn.Module, result: t
         torch.testing.assert_close(result(words).logits, dense(words).logits, atol=1e-4, rtol=1e-4)
 
 
+def _check_renumbered(output: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
+    old = load_file(output / "secateur/vocabulary.safetensors")["old_ids"]
+    assert result.config.get_text_config().vocab_size == len(old) < tiny.VOCABULARY
+    before, after = dict(dense.named_parameters()), dict(result.named_parameters())
+    rows = {name for name, p in after.items() if p.shape != before[name].shape}
+    assert {tuple(p.shape) for name, p in after.items() if name in rows} <= {(len(old), tiny.HIDDEN), (len(old),)}
+    for name, parameter in after.items():
+        assert torch.equal(parameter, before[name][old] if name in rows else before[name])
+    fewer = (tiny.VOCABULARY - len(old)) * sum(p[0].numel() for name, p in before.items() if name in rows)
+    assert outcome.parameters(dense) - outcome.parameters(result) == fewer
+    words = torch.tensor([prompt(len(old))])
+    with torch.no_grad():
+        assert torch.allclose(result(words).logits, dense(old[words]).logits[..., old], atol=1e-6)
+
+
 def _check_zeros(output: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
     masks = secateur.read_masks(output)
     removed, of = sum(int((~mask).sum()) for mask in masks.values()), sum(mask.numel() for mask in masks.values())
@@ -164,12 +186,14 @@ def test_every_method_on_every_architecture(
     result = AutoModelForCausalLM.from_pretrained(first)
     if _drops(method):
         _check_dropped(first, source, dense, result)
+    elif _renumbers(method):
+        _check_renumbered(first, dense, result)
     elif _cuts(method):
         _check_cut(source, recipe.steps[0].parameters.get("axis", ["neurons"]), dense, result)
     else:
         _check_zeros(first, dense, result)
 
-    words = [prompt(tiny.VOCABULARY)]
+    words = [prompt(result.config.get_text_config().vocab_size)]
     with torch.no_grad():
         here = result.eval()(torch.tensor(words)).logits
     torch.testing.assert_close(clean.logits(first, words), here, atol=1e-5, rtol=1e-5)

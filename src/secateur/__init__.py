@@ -2,6 +2,7 @@
 
 from secateur.errors import RequestError, RunError, SecateurError
 from secateur.evaluation import ResultCard, evaluate
+from secateur.generation import Written, generate_lengths
 from secateur.network.masks import read_masks
 from secateur.network.zeros import to_semi_structured
 from secateur.recipe import Recipe
@@ -15,8 +16,10 @@ __all__ = [
     "ResultCard",
     "RunError",
     "SecateurError",
+    "Written",
     "compress",
     "evaluate",
+    "generate_lengths",
     "list_methods",
     "read_masks",
     "to_semi_structured",

@@ -6,6 +6,7 @@ from secateur.errors import RequestError
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.source import Source
 from secateur.network.store import resized_config
+from secateur.network.vocabulary import open_vocabulary, token_rows
 from secateur.recipe import Step
 from secateur.targets import check_targets
 from secateur.units import Sizes, planned_sizes, present_sizes
@@ -31,6 +32,11 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
             count = _check_blocks(source, step, count)
             # which blocks go is not known yet; mostly they are alike, and only how many are left matters here
             sizes = {axis: {index: n for index, n in units.items() if index < count} for axis, units in sizes.items()}
+            continue
+        if step.registered.scope == "vocabulary":
+            token_rows(source)
+            if source.tensors or source.live is not None:  # what is converted first brings its tokenizer then
+                open_vocabulary(source)
             continue
         if step.registered.scope == "weight":
             check_targets(source, step)

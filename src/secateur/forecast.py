@@ -22,12 +22,14 @@ from secateur.network.matrices import MatrixRef
 from secateur.network.source import Source, conversion_dtype
 from secateur.network.store import stored_dtype
 from secateur.network.stream import pieces
+from secateur.network.vocabulary import token_rows
 from secateur.recipe import Recipe, Step
 from secateur.run import Run, make_stage, request
 from secateur.solving import Solver
 from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
 from secateur.units import Sizes, asked_axes, output_matrices
+from secateur.vocabulary_stage import VocabularyStage
 
 SHARD_BYTES = 256 * 10**6
 
@@ -48,7 +50,8 @@ def dry_run(
     run = Run(spec, plan, Path(output), device, 0, trust_remote_code, False, SHARD_BYTES, silent, None)
     source, _, _, sizes = run.look(restart)
     wanted = getattr(torch, plan.dtype) if plan.dtype else None
-    said = _needs(source, sizes or {}, Path(output), wanted, plan)
+    rows = _rows_removed(source, plan, device)
+    said = _needs(source, sizes or {}, Path(output), wanted, plan, rows)
     place = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
     said["disk_free"] = shutil.disk_usage(place).free
     if not source.tensors:
@@ -84,9 +87,12 @@ def _needs(
     output: Path,
     dtype: torch.dtype | None,
     plan: Recipe,
+    rows: int,
 ) -> dict[str, Any]:
     """What a run would cut, zero, write and need, from headers and shapes alone. The disk it needs is an upper bound:
     models between steps and kept statistics are counted at the width that the source has.
+
+    rows: how many tokens go.
     """
     steps = plan.steps
     cut = {
@@ -107,6 +113,13 @@ def _needs(
     removed: dict[str, int] = {
         name: original.skeleton.get_parameter(name).numel() for block in gone for name in block.parameters
     }
+    if rows:
+        again = {name for group in original.anatomy.tied for name in group[1:]}
+        dims = token_rows(original).dims
+        for name, parameter in original.skeleton.named_parameters(remove_duplicate=False):
+            dim = dims.get(original.stored_keys(name)[0])
+            if dim is not None and name not in again:
+                removed[name] = parameter.numel() // parameter.shape[dim] * rows
     for units in cut.values():
         for kept, group in units.values():
             for part in group.slices:
@@ -139,6 +152,7 @@ def _needs(
         "parameters": total,
         "parameters_after": total - sum(removed.values()),
         "blocks": {"kept": left, "of": count} if left < count else None,
+        "vocabulary": {"kept": original.anatomy.vocabulary - rows, "of": original.anatomy.vocabulary} if rows else None,
         "units": {
             axis: {str(block): {"kept": kept, "of": group.count} for block, (kept, group) in units.items()}
             for axis, units in cut.items()
@@ -149,6 +163,18 @@ def _needs(
         "memory_needed": 3 * largest + 400 * 10**6 + beside,
         "output": str(output),
     }
+
+
+def _rows_removed(source: Source, plan: Recipe, device: str) -> int:
+    """How many tokens go, decided in full where the tokenizer can be read: no weights are needed for that."""
+    removed = 0
+    for index, step in enumerate(plan.steps if source.tensors else ()):
+        if step.registered.scope == "vocabulary":
+            with tempfile.TemporaryDirectory() as folder:
+                stage = make_stage(plan, index, source, Path(folder), Path(folder), device=device)
+                assert isinstance(stage, VocabularyStage), "the scope says so"
+                removed = max(removed, stage.removed())
+    return removed
 
 
 def _asked(step: Step) -> set[type]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from secateur.calibration.samples import Calibration
+from secateur.calibration.samples import SELF, Calibration, read_entries
 from secateur.errors import RequestError, suggest
 from secateur.files import sha256
 from secateur.registry import COMMON, NEEDS, Method, find, message
@@ -31,7 +31,7 @@ class Step(BaseModel):
     @property
     def calibrated(self) -> bool:
         """Whether it learns from text, itself or through a method that it names."""
-        if self.registered.scope == "blocks":
+        if self.registered.scope in ("blocks", "vocabulary"):
             return any(NEEDS[need].data for need in self.registered.asked(self.parameters).values())
         return self.registered.scope in ("weight", "units") and Solver.of(self.registered, self.parameters).calibrated
 
@@ -178,6 +178,16 @@ class Recipe(BaseModel):
             raise RequestError(f"there is no text at {text}.")
         if self.calibrated:
             self.calibration.check()
+        counting = [step.method for step in self.steps if step.registered.scope == "vocabulary" and step.calibrated]
+        if counting and self.calibration.data == SELF:
+            raise RequestError(f"{counting[0]} counts the tokens of a text; name one with --calibration.")
+        for index, step in enumerate(self.steps):
+            later = [other.method for other in self.steps[index + 1 :] if other.calibrated]
+            if step.registered.scope == "vocabulary" and later and _holds_ids(self.calibration.data):
+                raise RequestError(
+                    f"{self.calibration.data} holds token ids, which mean other tokens behind {step.method}, where "
+                    f"{later[0]} reads them; give text instead."
+                )
         for where, path in self._files():
             if not path.exists():
                 raise RequestError(f"{where.replace('.', ': ', 1)}={path} does not exist.")
@@ -204,6 +214,10 @@ class Recipe(BaseModel):
             return []
 
         return [found for step in self.steps for found in inside(step.method, step.parameters)]
+
+
+def _holds_ids(data: str) -> bool:
+    return Path(data).suffix in (".json", ".jsonl") and any(isinstance(entry, list) for entry in read_entries(data))
 
 
 class _Loader(yaml.SafeLoader):

@@ -34,11 +34,13 @@ from secateur.calibration.statistics import (
     Moments,
 )
 from secateur.calibration.synthetic import SyntheticGram
+from secateur.calibration.token_counts import TokenCounts
 from secateur.context import Context
 from secateur.errors import RequestError, suggest
 from secateur.network.anatomy import AXES, Axis
 from secateur.network.blocks import Blocks, Kept
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Plan, Units, Update, Weight
+from secateur.network.vocabulary import KeptTokens, Vocabulary
 from secateur.tensor.patterns import Budget, Pattern
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "Gram",
     "InputNorms",
     "Kept",
+    "KeptTokens",
     "LossWithout",
     "Mask",
     "MaskFrom",
@@ -65,9 +68,11 @@ __all__ = [
     "Plan",
     "Ratio",
     "SyntheticGram",
+    "TokenCounts",
     "Units",
     "UnitsFrom",
     "Update",
+    "Vocabulary",
     "Weight",
     "find",
     "method",
@@ -175,7 +180,7 @@ class Need:
     beside: other types, without one of which it may not be asked for; that one says of what this one is.
     """
 
-    scope: Literal["network", "units", "weight", "matrices", "blocks", "any"]
+    scope: Literal["network", "units", "weight", "matrices", "blocks", "vocabulary", "any"]
     returns: tuple[type, ...]
     what: str
     data: str = ""
@@ -200,6 +205,8 @@ NEEDS: dict[type, Need] = {
         f"{_TEXT}, gradients",
         beside=(Blocks,),
     ),
+    Vocabulary: Need("vocabulary", (KeptTokens,), "the tokens of the model, and what each of them writes"),
+    TokenCounts: Need("any", (), "how often each token occurs in the whole text", _TEXT, beside=(Vocabulary,)),
     Budget: Need("any", (), "how many weights the matrix loses, in which pattern", beside=(Weight,)),
     InputNorms: Need("any", (), "mean square of each input of the matrix", _TEXT, beside=_READERS),
     GatedNorms: Need("any", (), "the same, each token counted by its expert's gate", _TEXT, beside=(Weight,)),
@@ -242,7 +249,7 @@ class Method:
 
     @property
     def scope(self) -> str:
-        """Called once for the whole network, all matrices or all blocks, or for the units of each block or each matrix."""
+        """Called once for the network, all matrices, blocks or tokens, or for the units of each block or each matrix."""
         scopes = {NEEDS[need].scope for need in self.needs.values()} - {"any"}
         return scopes.pop()
 

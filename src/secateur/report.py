@@ -58,7 +58,7 @@ def measure(
 
 
 def summary(receipt: Mapping[str, Any]) -> list[str]:
-    """One line per step: how many units are left, of how many, how many weights are zero, or which blocks are gone."""
+    """One line per step: how many units or tokens are left, how many weights are zero, or which blocks are gone."""
     lines = []
     for decision in receipt["decisions"]:
         if matrices := decision.get("matrices"):
@@ -68,6 +68,12 @@ def summary(receipt: Mapping[str, Any]) -> list[str]:
             continue
         if blocks := decision.get("blocks"):
             lines.append(_blocks_line(decision["method"], blocks))
+            continue
+        if words := decision.get("vocabulary"):
+            lines.append(
+                f"{decision['method']}: {words['kept']:,} of {words['of']:,} tokens kept, "
+                f"{1 - words['kept'] / words['of']:.1%} removed"
+            )
             continue
         for axis, units in decision["units"].items():
             kept, of = (sum(unit[key] for unit in units.values()) for key in ("kept", "of"))

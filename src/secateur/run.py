@@ -33,6 +33,7 @@ from secateur.report import measure, model_card
 from secateur.stage import Stage
 from secateur.unit_stage import PlanStage, UnitStage
 from secateur.units import Sizes
+from secateur.vocabulary_stage import VocabularyStage
 from secateur.weight_stage import WeightStage
 from secateur.workspace import RECEIPT, Workspace
 
@@ -306,7 +307,10 @@ class Run:
         begun = time.time()
         try:
             result = open_model(self.output, trust_remote_code=self.trust_remote_code)
-            checked = verify(result, stages[-1].source, stages[-1].expected(), self.max_memory, self.clean)
+            checked = verify(
+                result, stages[-1].source, stages[-1].expected(), self.max_memory, self.clean,
+                stages[-1].expected_tokens(),
+            )  # fmt: skip
         except RequestError as error:  # what was asked for was right, what was written is not
             raise RunError(f"the result does not open again: {error} Start again with --restart.") from error
         timings["reload check"] = time.time() - begun
@@ -376,9 +380,11 @@ def _in_memory(module: nn.Module, recipe: Recipe, device: str, progress: Progres
 def make_stage(recipe: Recipe, index: int, source: Source, target: Path, state: Path, **options: Any) -> Stage:
     """The stage that does step `index` of a recipe; which kind follows from what its method asks for."""
     step = recipe.steps[index]
-    kind: type[WeightStage] | type[LayerStage] | type[UnitStage] = UnitStage
+    kind: type[WeightStage] | type[LayerStage] | type[VocabularyStage] | type[UnitStage] = UnitStage
     if step.registered.scope == "network":
         return PlanStage(source, step, index, recipe.seed, target, state, **options)
     if step.registered.scope in ("weight", "blocks"):
         kind = WeightStage if step.registered.scope == "weight" else LayerStage
+    if step.registered.scope == "vocabulary":
+        kind = VocabularyStage
     return kind(source, step, index, recipe.seed, target, state, **options, calibration=recipe.calibration)

@@ -135,6 +135,14 @@ class Stage(ABC):
     def _leave(self) -> None:
         """Writes what is to lie beside the model; only the first process comes here."""
 
+    def _changed_companions(self) -> dict[str, str | None]:
+        """The files beside the weights that are not copied as they are: their text, or None for one that is left out."""
+        return {}
+
+    def expected_tokens(self) -> Tensor | None:
+        """The source's ids of the result's tokens, (tokens,); None where the step leaves the vocabulary as it is."""
+        return None
+
     def _cast(self, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """In the dtype that is written, or in `dtype`. Raises RunError when a value does not fit into it."""
         dtype = dtype or stored_dtype(self.source, self.dtype, tensor.dtype)
@@ -160,9 +168,12 @@ class Stage(ABC):
         # said before they appear, so that a restart knows them for ours
         config = self.config()
         code = model_code(self.source, config)
-        write_json(self.state / COMPANIONS, {"files": [path.name for path in companions(self.source)] + [*code]})
-        copy_companions(self.source, self.target)
+        changed = self._changed_companions()
+        copied = [path.name for path in companions(self.source) if path.name not in changed]
+        written = {name: text for name, text in (changed | code).items() if text is not None}
+        write_json(self.state / COMPANIONS, {"files": [*copied, *written]})
+        copy_companions(self.source, self.target, {*changed})
         write_index(self.target, shards)
-        for name, text in code.items():
+        for name, text in written.items():
             write_text(self.target / name, text)
         write_config(self.target, config, floats[0] if len(floats) == 1 else None)

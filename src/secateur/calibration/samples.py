@@ -8,9 +8,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -204,8 +204,8 @@ def _own(source: Source, count: int, length: int, seed: int, progress: Progress)
     return list(written.ids.split(length))
 
 
-def _pieces(source: Source, data: str) -> list[Tensor]:
-    """Runs of token ids: the documents of a dataset joined, or each list of ids of a file as it is."""
+def read_entries(data: str) -> Iterator[str | list[int]]:
+    """The texts and lists of token ids that `data` holds, empty ones left out. Raises RequestError for anything else."""
     path = Path(data)
     documents: Iterator[Any] | Sequence[Any]
     if data.startswith("dataset:"):
@@ -214,26 +214,39 @@ def _pieces(source: Source, data: str) -> list[Tensor]:
         documents = _json(path)
     else:
         documents = [read_text(path)]
-    encode: Callable[[str], Tensor] | None = None
-    text, given = [], []
     for entry in documents:
         value = entry.get("input_ids", entry.get("text")) if isinstance(entry, dict) else entry
-        if isinstance(value, str):
-            if encode is None:
-                encode = _encoder(source)
-            text.append(encode(value))
-        elif isinstance(value, list) and value and all(type(number) is int and abs(number) < 2**63 for number in value):
-            given.append(torch.tensor(value, dtype=torch.int64))
-        elif value not in ([], ""):
+        if value in ([], ""):
+            continue
+        ids = isinstance(value, list) and all(type(number) is int and abs(number) < 2**63 for number in value)
+        if not (isinstance(value, str) or ids):
             raise RequestError(
                 f'{data} holds {json.dumps(entry)[:60]}, which is no text, list of token ids, or {{"text": ...}} or '
                 '{"input_ids": ...} with one.'
             )
+        yield cast("str | list[int]", value)
+
+
+def _pieces(source: Source, data: str) -> list[Tensor]:
+    """Runs of token ids: the documents of a dataset joined, or each list of ids of a file as it is."""
+    encode: Callable[[str], Tensor] | None = None
+    text, given = [], []
+    for value in read_entries(data):
+        if isinstance(value, str):
+            if encode is None:
+                encode = _encoder(source)
+            text.append(encode(value))
+        else:
+            given.append(torch.tensor(value, dtype=torch.int64))
     return [*given, torch.cat(text)] if text else given
 
 
 def _encoder(source: Source) -> Callable[[str], Tensor]:
-    words = tokenizer(source.place, source.trust_remote_code) if source.live is None else None
+    place = source.place
+    if place.file is None and source.directory is not None:
+        # an earlier step may have left another vocabulary than the model had that the person named
+        place = replace(place, directory=source.directory)
+    words = tokenizer(place, source.trust_remote_code) if source.live is None else None
     if words is None:
         raise RequestError(f"{source.spec} has no tokenizer; give calibration data as a JSON file of token ids.")
     return lambda text: tokenize(text, words).ids

@@ -96,6 +96,6 @@ def compare(
     protocol = protocol_of(tokens, window, count, dtype_of(model))
     return Comparison(
         divergence=Divergence(kl=kl / protocol.tokens, agreement=agreed / protocol.tokens, protocol=protocol),
-        model=result(nll, protocol),
-        reference=result(reference_nll, protocol_of(tokens, window, count, dtype_of(reference))),
+        model=result(nll, protocol, tokens),
+        reference=result(reference_nll, protocol_of(tokens, window, count, dtype_of(reference)), tokens),
     )

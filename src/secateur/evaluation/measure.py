@@ -19,7 +19,7 @@ from secateur.evaluation.memory import Memory, bytes_on_disk, memory
 from secateur.evaluation.perplexity import Perplexity, perplexity
 from secateur.evaluation.speed import PREFILL
 from secateur.evaluation.speed import speed as measure_speed
-from secateur.evaluation.text import Tokens, check_same_tokenizer, read_text, self_written, tokenize
+from secateur.evaluation.text import Tokens, check_same_tokenizer, one_cut_from_other, read_text, self_written, tokenize
 from secateur.network.locate import locate
 from secateur.network.source import check_device, load, open_model
 
@@ -27,6 +27,9 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 WINDOW = 1024
 WRITTEN_WINDOW = 256
 WRITTEN_WINDOWS = 4
+_OTHER_TOKENS = "The vocabularies differ, so perplexities per token, the KL and the first token cannot be compared; "
+_BY_BYTE = "bits per byte can (each model over the text that its own windows hold)."
+_NO_TEXT = "with a text, bits per byte can."
 Model = str | Path | tuple[nn.Module, Any]
 
 
@@ -69,8 +72,10 @@ def evaluate(
     prefill, decode: as in `speed`. dtype, device: what a MODEL is loaded as; live modules stay as they are. seed: of
     the self-written text and of the tokens that speed is measured on. progress: opens a bar for a label and a total.
 
-    Raises RequestError when the text is missing or too short for the windows, the tokenizers differ, or the device cannot
-    be used; RunError when a model gives non-finite logits or a clean process cannot load it.
+    Where one vocabulary was cut from the other there is no divergence, and perplexities come with bits per byte.
+
+    Raises RequestError when the text is missing or too short for the windows, the tokenizers differ otherwise, or the
+    device cannot be used; RunError when a model gives non-finite logits or a clean process cannot load it.
     """
     content = read_text(text) if text is not None else None
     if dtype not in DTYPES:
@@ -84,14 +89,17 @@ def evaluate(
     # All clean processes come before anything is held here, or their memory would come on top of that of the models.
     memories = [_memory(spec, dtype, trust_remote_code) for spec in specs]
     opened = [_open(spec, used, dtype, device, trust_remote_code) for spec, used in zip(specs, memories, strict=True)]
+    alike = True
     if len(opened) == 2 and all(each.tokenizer is not None for each in opened):
-        check_same_tokenizer(opened[0].tokenizer, opened[1].tokenizer)
+        alike = not one_cut_from_other(opened[0].tokenizer, opened[1].tokenizer)
+        if alike:
+            check_same_tokenizer(opened[0].tokenizer, opened[1].tokenizer)
     shift: Divergence | None = None
     qualities: list[Perplexity | None] = [None] * len(opened)
     if text is not None and content is not None:
         name = "/".join(Path(text).parts[-2:])
-        shift, qualities = _on_text(opened, content, name, window, windows, progress)
-    elif len(opened) == 2:
+        shift, qualities = _on_text(opened, content, name, window, windows, progress, alike)
+    elif len(opened) == 2 and alike:
         shift = _on_written(opened, window, windows, seed, progress)
     modules = [each.module for each in opened]
     timed = (
@@ -121,7 +129,8 @@ def evaluate(
         expected_gain=columns[1].multiply_adds / columns[0].multiply_adds - 1 if len(columns) == 2 else None,
         versions=_versions(),
     )
-    return card.model_copy(update={"notes": findings(card)})
+    said = () if alike else (_OTHER_TOKENS + (_BY_BYTE if content is not None else _NO_TEXT),)
+    return card.model_copy(update={"notes": said + findings(card)})
 
 
 def _memory(spec: Model, dtype: str, trust_remote_code: bool) -> Memory | None:
@@ -137,13 +146,22 @@ def _open(spec: Model, used: Memory | None, dtype: str, device: str, trust_remot
 
 
 def _on_text(
-    opened: Sequence[_Opened], content: str, name: str, window: int | None, windows: int | None, progress: Progress
+    opened: Sequence[_Opened],
+    content: str,
+    name: str,
+    window: int | None,
+    windows: int | None,
+    progress: Progress,
+    alike: bool,
 ) -> tuple[Divergence | None, list[Perplexity | None]]:
     texts = [_tokens(each, content, name) for each in opened]
     if window is None:
         window = _within(WINDOW, [each.module for each in opened])
-    if len(opened) == 1:
-        return None, [perplexity(opened[0].module, texts[0], window=window, windows=windows, progress=progress)]
+    if len(opened) == 1 or not alike:
+        pairs = zip(opened, texts, strict=True)
+        return None, [
+            perplexity(each.module, text, window=window, windows=windows, progress=progress) for each, text in pairs
+        ]
     if not texts[0].ids.equal(texts[1].ids):
         raise RequestError(
             "The model and its reference split the text into different tokens, though their vocabularies agree: their "

@@ -52,13 +52,18 @@ class Protocol(BaseModel):
 
 
 class Perplexity(BaseModel):
-    """exp of `nll`, the mean negative log-likelihood in nats over the predicted tokens, and its protocol."""
+    """exp of `nll`, the mean negative log-likelihood in nats over the predicted tokens, and its protocol.
+
+    bits_per_byte: the same likelihood over the bytes of the predicted tokens, log2(e) · nll · tokens / bytes: comparable
+    between vocabularies, which a perplexity is not; None where it is not known which bytes the tokens stand for.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
     perplexity: float
     nll: float
     protocol: Protocol
+    bits_per_byte: float | None = None
 
 
 def perplexity(
@@ -88,7 +93,7 @@ def perplexity(
                 float(-target_log_probabilities(rows, targets).sum()) for rows, targets in rows_of(logits, piece)
             )
             bar.advance()
-    return result(total, protocol_of(tokens, window, count, dtype_of(model)))
+    return result(total, protocol_of(tokens, window, count, dtype_of(model)), tokens)
 
 
 def as_tokens(ids: Tokens | Tensor) -> Tokens:
@@ -158,8 +163,15 @@ def protocol_of(tokens: Tokens, window: int, count: int, dtype: str) -> Protocol
     )
 
 
-def result(total: float, protocol: Protocol) -> Perplexity:
-    """`total`: the summed negative log-likelihood in nats."""
+def result(total: float, protocol: Protocol, tokens: Tokens) -> Perplexity:
+    """`total`: the summed negative log-likelihood in nats, of the windows of `tokens` that the protocol names."""
     nll = total / protocol.tokens
+    bits = None
+    if tokens.ends is not None:
+        ends = tokens.ends[: protocol.windows * protocol.window].view(-1, protocol.window)
+        read = int((ends[:, -1] - ends[:, 0]).sum())
+        bits = total / math.log(2) / read if read else None
     # exp overflows beyond e^709; such a model is as wrong as can be and the mean still says how wrong.
-    return Perplexity(perplexity=math.exp(nll) if nll < 709 else math.inf, nll=nll, protocol=protocol)
+    return Perplexity(
+        perplexity=math.exp(nll) if nll < 709 else math.inf, nll=nll, protocol=protocol, bits_per_byte=bits
+    )

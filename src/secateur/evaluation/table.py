@@ -50,6 +50,16 @@ def _rows(card: ResultCard) -> list[Row]:
             lambda value: f"{value:,.3f}" if value < 1e6 else f"{value:.3g}",
         ),
     ]
+    if reference and _sizes(model) != _sizes(reference):
+        rows[-1] = (*rows[-1][:3], "not comparable")
+        rows.append(
+            _row(
+                card,
+                "bits per byte",
+                lambda column: column.perplexity.bits_per_byte if column.perplexity else None,
+                lambda value: f"{value:.4f}",
+            )
+        )
     if card.divergence is not None:
         rows.append(("KL to the reference, nats a token", "0", f"{card.divergence.kl:.4f}", ""))
         rows.append(("same first token", "100 %", f"{100 * card.divergence.agreement:.1f} %", ""))
@@ -60,6 +70,11 @@ def _rows(card: ResultCard) -> list[Row]:
         if card.speed.decode is not None:
             rows.append(_pace_row(f"decoding of {card.speed.decode.tokens}, tokens/s", card.speed.decode))
     return rows
+
+
+def _sizes(column: Column) -> int | None:
+    """How many entries the tokenizer has that its perplexity was measured with."""
+    return column.perplexity.protocol.vocabulary if column.perplexity else None
 
 
 def _row(card: ResultCard, label: str, value: Callable[[Column], float | None], show: Callable[[float], str]) -> Row:
@@ -85,6 +100,8 @@ def _sentences(card: ResultCard) -> list[str]:
     lines = []
     if card.model.perplexity is not None:
         lines.append(f"Perplexity: {card.model.perplexity.protocol.sentence()}.")
+        if (other := card.reference and card.reference.perplexity) and _sizes(card.model) != _sizes(card.reference):
+            lines.append(f"Perplexity of the reference: {other.protocol.sentence()}.")
     if card.divergence is not None and (
         card.model.perplexity is None or card.divergence.protocol != card.model.perplexity.protocol
     ):

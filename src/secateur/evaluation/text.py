@@ -1,6 +1,7 @@
 """The text that a model is measured on, as token ids that remember where they came from."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class Tokens:
     tokenizer: str | None = None
     vocabulary: int | None = None
     bos: bool | None = None
+    ends: Tensor | None = None
 
 
 def read_text(path: str | Path) -> str:
@@ -47,8 +49,9 @@ def read_text(path: str | Path) -> str:
 
 def tokenize(text: str, tokenizer: Any, name: str | None = None) -> Tokens:
     """The whole `text` as token ids; no special token is added, so windows start wherever the text does."""
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = torch.tensor(encoded, dtype=torch.int64)
+    placed = bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=placed)
+    ids = torch.tensor(encoded["input_ids"], dtype=torch.int64)
     return Tokens(
         ids=ids,
         name=name,
@@ -56,7 +59,25 @@ def tokenize(text: str, tokenizer: Any, name: str | None = None) -> Tokens:
         tokenizer=type(tokenizer).__name__,
         vocabulary=len(tokenizer),
         bos=bool(len(ids)) and ids[0].item() == tokenizer.bos_token_id,
+        ends=_ends(text, encoded["offset_mapping"]) if placed else None,
     )
+
+
+def _ends(text: str, offsets: Sequence[tuple[int, int]]) -> Tensor:
+    """How many bytes of `text` have been read with each token, from where tokens lie in it by characters.
+
+    A character made of several tokens is read with the first of them, which all say that they lie on the whole of it.
+    """
+    widths = torch.tensor([len(character.encode("utf-8")) for character in text], dtype=torch.int64)
+    read = torch.cat([torch.zeros(1, dtype=torch.int64), widths.cumsum(0)])
+    ends = torch.tensor([end for _, end in offsets], dtype=torch.int64)
+    return read[ends].cummax(0).values if len(ends) else ends
+
+
+def one_cut_from_other(tokenizer: Any, reference: Any) -> bool:
+    """Whether all tokens of one are tokens of the other, which has more: a vocabulary that was cut, and the whole one."""
+    ours, theirs = set(tokenizer.get_vocab()), set(reference.get_vocab())
+    return ours < theirs or theirs < ours
 
 
 def check_same_tokenizer(tokenizer: Any, reference: Any) -> None:

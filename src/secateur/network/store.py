@@ -290,9 +290,11 @@ def companions(source: Source) -> list[Path]:
     return found
 
 
-def copy_companions(source: Source, directory: Path) -> None:
-    """Copies what goes with the weights; a live module has a generation config at most."""
+def copy_companions(source: Source, directory: Path, without: Set[str] = frozenset()) -> None:
+    """Copies what goes with the weights, but no file named in `without`; a live module has a generation config at most."""
     for path in companions(source):
+        if path.name in without:
+            continue
         with atomic(directory / path.name) as partial:
             shutil.copyfile(path, partial)
     generation = getattr(source.live, "generation_config", None)

@@ -87,7 +87,12 @@ _TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def verify(
-    result: Source, source: Source, expected: Fetch, max_memory: int, clean: CleanProcess | None = None
+    result: Source,
+    source: Source,
+    expected: Fetch,
+    max_memory: int,
+    clean: CleanProcess | None = None,
+    tokens: Tensor | None = None,
 ) -> Verified:
     """Compares what is on the disk with what was meant to be there.
 
@@ -97,16 +102,20 @@ def verify(
         expected: the source's parameters, with what was cut silenced.
         max_memory: bytes that a whole model may take; above it the result is streamed instead of loaded at once.
         clean: an open clean process to use, instead of starting one.
+        tokens: the source's id of each token of the result, where they are not the same: the source reads these, and of its
+            logits these are compared.
 
     Raises RunError when the logits differ, are not finite, or the result does not load.
     """
     ids = [prompt(result.anatomy.vocabulary)]
     in_float32 = 4 * sum(parameter.numel() for parameter in result.skeleton.parameters())
-    ours = streamed_logits(source.skeleton, source.anatomy, expected, torch.tensor(ids))
+    asked = torch.tensor(ids)
+    ours = streamed_logits(source.skeleton, source.anatomy, expected, asked if tokens is None else tokens[asked])
+    ours = ours if tokens is None else ours[..., tokens]
     assert result.directory is not None
     if in_float32 > max_memory:
         how = f"headers, shapes and streamed logits (in float32 it takes {human(in_float32)}, above --max-memory)"
-        theirs = streamed_logits(result.skeleton, result.anatomy, stored(result), torch.tensor(ids))
+        theirs = streamed_logits(result.skeleton, result.anatomy, stored(result), asked)
     else:
         how = "loaded by plain transformers in a clean process"
         with nullcontext(clean) if clean else CleanProcess() as process:

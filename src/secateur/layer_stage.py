@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from secateur.calibration.flow import Flow, FlowPass, LossWithout
 from secateur.calibration.gradients import BlockGradients, learn_block_gradients
 from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
-from secateur.context import Context, barrier, processes
+from secateur.context import Context
 from secateur.errors import RunError
-from secateur.files import read_json, write_json, write_tensors
+from secateur.files import write_json, write_tensors
 from secateur.network.blocks import Blocks, Kept
 from secateur.network.depth import StoredNumbers, blocks_to_remove, drop_blocks, shortened_config
 from secateur.network.stream import Fetch, Piece
@@ -91,28 +91,18 @@ class LayerStage(Stage):
         return self._config
 
     def _prepare(self) -> None:
-        path = self.state / "kept.json"
-        made = path.exists()
-        barrier()  # everybody has looked before the first process can have written it
-        if not made:
-            context = self._context("method")
+        def decide(context: Context) -> dict[str, Any]:
             kept = self._decide(context)
-            self._say(kept, context)
-            if processes()[0] == 0:
-                said = {"kept": list(kept.blocks), "scores": {str(k): v for k, v in kept.scores.items()}}
-                write_json(path, {**said, "notes": context.notes, "warnings": context.warnings})
-            barrier()
-        else:
-            told, context = read_json(path), self._context("method")
-            context.notes, context.warnings = told["notes"], told["warnings"]
-            self._say(Kept(tuple(told["kept"]), {int(k): v for k, v in told["scores"].items()}), context)
+            self._say(kept)
+            return {"kept": list(kept.blocks), "scores": {str(index): score for index, score in kept.scores.items()}}
 
-    def _say(self, kept: Kept, context: Context) -> None:
+        told = self._once("kept", decide)
+        self._say(Kept(tuple(told["kept"]), {int(index): score for index, score in told["scores"].items()}))
+
+    def _say(self, kept: Kept) -> None:
         """Takes a decision over, if a configuration and stored names can say it."""
         self.kept, self._config = kept, shortened_config(self.source, kept.blocks)
         self._numbers = StoredNumbers(self.source)
-        self.notes.update(context.notes)
-        self.warnings += context.warnings
 
     def _decide(self, context: Context) -> Kept:
         """Which blocks stay, by the method. Raises RunError when it gives back what cannot be done."""

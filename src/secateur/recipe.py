@@ -10,9 +10,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from secateur.calibration.samples import SELF, Calibration, read_entries
+from secateur.contract import COMMON, NEEDS
 from secateur.errors import RequestError, suggest
 from secateur.files import sha256
-from secateur.registry import COMMON, NEEDS, Method, find, message
+from secateur.registry import Method, find, message
 from secateur.solving import Solver
 
 

@@ -4,9 +4,7 @@ A method is one function. What it needs from the engine it asks for by the annot
 what a person may set are its keyword-only parameters. The recipe's schema, the command line's help and the docs page are
 read from that signature and its docstring; nothing is declared twice.
 
-What all methods of a scope take is the engine's (`COMMON`). A method that plans a whole network takes `ratio`, `ratios` and
-`multiple_of` itself, in the same sense: from them the engine foretells widths for a dry run, and refuses an impossible one
-before anything is read. One that cuts by other rules gives its parameters other names.
+What may be asked for, and what the engine adds, stands in `secateur.contract`; methods import all of it from here.
 """
 
 import importlib
@@ -17,10 +15,10 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pydantic
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
@@ -36,12 +34,13 @@ from secateur.calibration.statistics import (
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.calibration.token_counts import TokenCounts
 from secateur.context import Context
+from secateur.contract import COMMON, NEEDS, Kind, MaskFrom, Ratio, UnitsFrom
 from secateur.errors import RequestError, suggest
 from secateur.network.anatomy import AXES, Axis
 from secateur.network.blocks import Blocks, Kept
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Plan, Units, Update, Weight
 from secateur.network.vocabulary import KeptTokens, Vocabulary
-from secateur.tensor.patterns import Budget, Pattern
+from secateur.tensor.patterns import Budget
 
 __all__ = [
     "Allocation",
@@ -78,155 +77,6 @@ __all__ = [
     "method",
     "methods",
 ]
-
-Ratio = Annotated[float, Field(ge=0, lt=1)]
-"""Fraction of the units removed, 0 ≤ ratio < 1."""
-
-
-def _other(scope: str) -> Callable[[Any], Any]:
-    """Validates the name of another method of that scope, alone or with parameters: {name: {parameter: value}}."""
-
-    def validate(value: Any) -> Any:
-        if value is None:
-            return None
-        if isinstance(value, str):
-            value = {value: {}}
-        if not isinstance(value, dict) or len(value) != 1 or not isinstance(next(iter(value.values())) or {}, dict):
-            raise ValueError("must be the name of a method, or {name: {parameter: value}}")
-        [(name, parameters)] = value.items()
-        found = find(str(name))
-        if found.scope != scope:
-            wanted = {"matrices": "an allocation", "units": "a method that chooses units block by block"}.get(
-                scope, "a method that zeroes single weights"
-            )
-            raise ValueError(f"must name {wanted}; {name} is of kind {found.kind}")
-        # what the engine decides is decided once, by the step itself
-        common = COMMON.get(scope, {})
-        if taken := [key for key in parameters or {} if key in common]:
-            raise ValueError(f"takes no {taken[0]} for {name}: what the step itself says counts for both")
-        return {name: {key: entry for key, entry in found.validate(parameters or {}).items() if key not in common}}
-
-    return validate
-
-
-MaskFrom = Annotated[Any, "mask", BeforeValidator(_other("weight"))]
-"""Another method whose mask is used: the engine runs it on the same matrix first and hands in the (r, d) mask, or None."""
-
-UnitsFrom = Annotated[Any, "units", BeforeValidator(_other("units"))]
-"""Another method whose choice of units is used: the engine asks it first and hands in the (k,) indices kept, or None."""
-
-_PatternText = Annotated[str, BeforeValidator(lambda value: str(Pattern.parse(value)))]
-_Targets = Annotated[list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-_Axes = Annotated[
-    list[Axis], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-]
-
-# Parameters that the engine adds to every method of a scope, and decides by: {scope: {name: (type, default, help)}}.
-COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
-    "units": {
-        "ratio": (Ratio, 0.2, "fraction of the units removed in every block, 0 ≤ ratio < 1"),
-        "axis": (
-            _Axes,
-            ["neurons"],
-            "which units: neurons of the feed-forward layer, or heads of attention (those that share keys and values go "
-            "together), or a list of both",
-        ),
-        "ratios": (list[Ratio] | None, None, "one ratio for each block, instead of `ratio`"),
-        "multiple_of": (
-            Annotated[int, Field(ge=1)],
-            32,
-            "the neurons kept are rounded to the nearest multiple of this where the ratio allows it; 1 for none",
-        ),
-    },
-    "weight": {
-        "pattern": (
-            _PatternText,
-            "0.5",
-            "what each matrix loses: a fraction (0.5), N kept of M (2:4), or a fraction in whole tiles (0.5/16x16)",
-        ),
-        "targets": (
-            _Targets,
-            None,
-            "matrices to prune: names with * in them, or attention, feed_forward, expert, mixer; default all in the blocks",
-        ),
-        "allocation": (
-            Annotated[Any, BeforeValidator(_other("matrices"))],
-            None,
-            "a method that divides the budget among the matrices, such as alphapruning; default the same fraction for each",
-        ),
-    },
-}
-COMMON["matrices"] = {
-    **{name: COMMON["weight"][name] for name in ("pattern", "targets")},
-    "apply": (MaskFrom, "magnitude", "the method that prunes with this allocation"),
-}
-
-COMMON["blocks"] = {
-    "ratio": (Ratio, 0.2, "fraction of the blocks removed, rounded half up to a whole number; one at least stays"),
-    "remove": (Annotated[int, Field(ge=0)] | None, None, "how many blocks are removed; counts before ratio"),
-    "protect": (list[int] | None, None, "indices of blocks that stay whatever their score, from 0; default none"),
-}
-
-Kind = Literal[
-    "structure", "weights", "factors", "quantization", "allocation", "training", "recovery", "inference", "communication",
-    "data", "analysis",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Need:
-    """What asking for a type means: how often the method is called, and what it must return one of.
-
-    beside: other types, without one of which it may not be asked for; that one says of what this one is.
-    """
-
-    scope: Literal["network", "units", "weight", "matrices", "blocks", "vocabulary", "any"]
-    returns: tuple[type, ...]
-    what: str
-    data: str = ""
-    beside: tuple[type, ...] = ()
-
-
-# The vocabulary of the contract. A new statistic or scope is one line here and its provider in an engine.
-_TEXT = "calibration text"
-_READERS = (Weight, Units)  # what reads inputs: a matrix, or the matrix behind units
-NEEDS: dict[type, Need] = {
-    Network: Need("network", (Plan,), "the whole network's matrices, read lazily"),
-    Units: Need("units", (Cut,), "the units of one kind in one block"),
-    Weight: Need("weight", (Mask, Update), "one matrix"),
-    Matrices: Need("matrices", (Allocation,), "every matrix that is to be pruned, read lazily"),
-    Blocks: Need("blocks", (Kept,), "the blocks in order, each read lazily, and how many of them are to go"),
-    Flow: Need("any", (), "how much each block changes the hidden states", _TEXT, beside=(Blocks,)),
-    LossWithout: Need("any", (), "the loss without each block", _TEXT, beside=(Blocks,)),
-    BlockGradients: Need(
-        "any",
-        (),
-        "how much the loss reacts to each block's weights (the whole model in memory)",
-        f"{_TEXT}, gradients",
-        beside=(Blocks,),
-    ),
-    Vocabulary: Need("vocabulary", (KeptTokens,), "the tokens of the model, and what each of them writes"),
-    TokenCounts: Need("any", (), "how often each token occurs in the whole text", _TEXT, beside=(Vocabulary,)),
-    Budget: Need("any", (), "how many weights the matrix loses, in which pattern", beside=(Weight,)),
-    InputNorms: Need("any", (), "mean square of each input of the matrix", _TEXT, beside=_READERS),
-    GatedNorms: Need("any", (), "the same, each token counted by its expert's gate", _TEXT, beside=(Weight,)),
-    Moments: Need("any", (), "mean and variance of each input of the matrix", _TEXT, beside=_READERS),
-    Gram: Need("any", (), "second moment of the inputs of the matrix", _TEXT, beside=_READERS),
-    CrossGram: Need(
-        "any", (), "inputs in the dense network against those behind compressed layers", _TEXT, beside=_READERS
-    ),
-    Gradients: Need(
-        "any", (), "squared gradients of the loss (the whole model in memory)", f"{_TEXT}, gradients", beside=(Weight,)
-    ),
-    SyntheticGram: Need(
-        "any",
-        (),
-        "second moment of the layer's neurons on tokens drawn by Zipf's law over the vocabulary's order",
-        "drawn tokens (Zipf's law over the vocabulary), no text",
-        beside=(Units,),
-    ),
-    Context: Need("any", (), "random streams, resumable state, artifacts, sharing of work"),
-}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secateur.context import Context, Progress, barrier, processes, silent
 from secateur.errors import RunError
-from secateur.files import write_json, write_text
+from secateur.files import read_json, write_json, write_text
 from secateur.network.source import Source
 from secateur.network.store import (
     companions,
@@ -152,6 +152,24 @@ class Stage(ABC):
                 f"{name} holds values too large for {dtype}; write another with --dtype bfloat16 or float32."
             )
         return cast
+
+    def _once(self, name: str, decide: Callable[[Context], Mapping[str, Any]]) -> dict[str, Any]:
+        """Plain data that `decide` gives, made once and kept in the state with what its context was told; what that is, is
+        taken over.
+        """
+        path = self.state / f"{name}.json"
+        made = path.exists()
+        barrier()  # everybody has looked before the first process can have written it
+        if not made:
+            context = self._context("method")
+            said = decide(context)
+            if processes()[0] == 0:
+                write_json(path, {**said, "notes": context.notes, "warnings": context.warnings})
+            barrier()
+        told = read_json(path)
+        self.notes.update(told["notes"])
+        self.warnings += told["warnings"]
+        return told
 
     def _context(self, folder: str) -> Context:
         return Context(self.seed, self.index, self.state / folder, self.artifacts, self.progress)

@@ -1,6 +1,5 @@
 """Steps that remove whole units: planned for the network at once, or decided block by block."""
 
-import json
 import logging
 import time
 from abc import abstractmethod
@@ -20,7 +19,7 @@ from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
 from secateur.context import Context, barrier, processes
 from secateur.cuts import Cuts
 from secateur.errors import RequestError, RunError
-from secateur.files import write_json, write_tensors, write_text
+from secateur.files import write_tensors, write_text
 from secateur.network.anatomy import AXES, Axis, Block
 from secateur.network.matrices import MatrixRef, view
 from secateur.network.store import build, raw_config, resized_config
@@ -132,21 +131,13 @@ class PlanStage(_CutsUnits):
         resized_config(self.source, self.cuts.sizes())
 
     def _decide_all(self) -> None:
-        """The plan is made once, then read from the state."""
-        marker = self.state / "plan.json"
-        made = marker.exists()
-        barrier()  # everybody has looked before the first process can have written it
-        if not made:
-            context = self._context("method")
+        def decide(context: Context) -> dict[str, Any]:
             plan = self._ask(context)
-            if processes()[0] == 0:
-                for block, cut in plan.cuts.items():
-                    self.cuts.save(block, "neurons", cut)
-                write_json(marker, {"notes": context.notes, "warnings": context.warnings})
-            barrier()
-        said = json.loads(marker.read_text())
-        self.notes.update(said["notes"])
-        self.warnings += said["warnings"]
+            for block, cut in plan.cuts.items() if processes()[0] == 0 else ():
+                self.cuts.save(block, "neurons", cut)
+            return {}
+
+        self._once("plan", decide)
 
     def _ask(self, context: Context, blocks: Sequence[int] | None = None) -> Plan:
         registered = self.step.registered

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from secateur.calibration.samples import Calibration
 from secateur.calibration.token_counts import TokenCounts, count_tokens, lines_of
-from secateur.context import Context, barrier, processes
+from secateur.context import Context, processes
 from secateur.errors import RequestError, RunError
-from secateur.files import read_json, write_json, write_tensors, write_text
+from secateur.files import write_json, write_tensors, write_text
 from secateur.network.segmentation import Coverage, check_segmentation
 from secateur.network.store import companions, copy_companions
 from secateur.network.stream import Fetch, Piece
@@ -75,22 +75,13 @@ class VocabularyStage(Stage):
         return self._config
 
     def _prepare(self) -> None:
-        path = self.state / "kept.json"
-        made = path.exists()
-        barrier()  # everybody has looked before the first process can have written it
-        context = self._context("method")
-        if made:
-            told = read_json(path)
-            self._say(told["ids"])
-            context.notes, context.warnings = told["notes"], told["warnings"]
-        else:
+        def decide(context: Context) -> dict[str, Any]:
             self._say(self._decide(context))
             if processes()[0] == 0:
                 self._check_tokenizer(context)
-                write_json(path, {"ids": list(self.kept), "notes": context.notes, "warnings": context.warnings})
-            barrier()
-        self.notes.update(context.notes)
-        self.warnings += context.warnings
+            return {"ids": list(self.kept)}
+
+        self._say(self._once("kept", decide)["ids"])
 
     def _say(self, kept: Sequence[int]) -> None:
         """Takes a decision over, if a configuration can say it."""

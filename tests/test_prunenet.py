@@ -61,7 +61,7 @@ def test_same_seed_same_plan(options: dict[str, Any]) -> None:
     plan = prunenet(layers, context, ratio=0.3, **options)
     assert same(plan, prunenet(layers, Context(seed=1), ratio=0.3, **options))
     assert not same(plan, prunenet(layers, Context(seed=2), ratio=0.3, **options))
-    assert list(plan.cuts) == [2, 3, 4, 5]
+    assert list(plan.cuts) == [(block, "neurons") for block in (2, 3, 4, 5)]
     for cut in plan.cuts.values():
         assert len(cut.kept) == round_width(96, 0.3, 32) == 64
         assert torch.equal(cut.kept, cut.kept.unique())
@@ -73,7 +73,9 @@ def test_noted_distances_are_those_of_the_plan(options: dict[str, Any]) -> None:
     layers, context = network(scale=0.02), Context()
     plan = prunenet(layers, context, **options)
     for layer, noted in zip(layers, context.notes["ks"]["per layer"], strict=True):
-        exact = ks_distance(singular_values(layer.first), singular_values(layer.first[plan.cuts[layer.block].kept]))
+        exact = ks_distance(
+            singular_values(layer.first), singular_values(layer.first[plan.cuts[layer.block, "neurons"].kept])
+        )
         assert noted <= exact + 1e-9
         assert noted == pytest.approx(exact, abs=0.1 if options.get("reward") == "fast" else 1e-9)
 
@@ -164,7 +166,7 @@ def test_two_processes_make_the_plan_of_one(options: dict[str, Any], tmp_path: P
 
 
 def mean_distance(layers: Any, plan: Plan) -> float:
-    pairs = [(layer.first, layer.first[plan.cuts[layer.block].kept]) for layer in layers]
+    pairs = [(layer.first, layer.first[plan.cuts[layer.block, "neurons"].kept]) for layer in layers]
     return sum(ks_distance(singular_values(whole), singular_values(part)) for whole, part in pairs) / len(pairs)
 
 
@@ -184,7 +186,7 @@ def test_ratio_zero_cuts_nothing() -> None:
 
 def test_ratios_per_layer() -> None:
     plan = prunenet(network(), Context(), ratios=[0.0, 0.25, 0.5, 0.1], multiple_of=1, episodes=2)
-    assert {block: len(cut.kept) for block, cut in plan.cuts.items()} == {3: 72, 4: 48, 5: 86}
+    assert {block: len(cut.kept) for (block, _), cut in plan.cuts.items()} == {3: 72, 4: 48, 5: 86}
 
 
 @pytest.mark.parametrize("mode", ["stable", "reference"])

@@ -32,7 +32,7 @@ class Step(BaseModel):
     @property
     def calibrated(self) -> bool:
         """Whether it learns from text, itself or through a method that it names."""
-        if self.registered.scope in ("blocks", "vocabulary"):
+        if self.registered.scope in ("network", "blocks", "vocabulary"):
             return any(NEEDS[need].data for need in self.registered.asked(self.parameters).values())
         return self.registered.scope in ("weight", "units") and Solver.of(self.registered, self.parameters).calibrated
 

@@ -38,7 +38,7 @@ from secateur.contract import COMMON, NEEDS, Kind, MaskFrom, Ratio, UnitsFrom
 from secateur.errors import RequestError, suggest
 from secateur.network.anatomy import AXES, Axis
 from secateur.network.blocks import Blocks, Kept
-from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Plan, Units, Update, Weight
+from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Neurons, Plan, Units, Update, Weight
 from secateur.network.vocabulary import KeptTokens, Vocabulary
 from secateur.tensor.patterns import Budget
 
@@ -64,6 +64,7 @@ __all__ = [
     "Method",
     "Moments",
     "Network",
+    "Neurons",
     "Plan",
     "Ratio",
     "SyntheticGram",
@@ -261,6 +262,7 @@ def method(
             hint = hints.get(parameter.name)
             if parameter.name in conditions and isinstance(hint, types.UnionType):
                 hint = next(each for each in typing.get_args(hint) if each is not types.NoneType)
+            hint = Network if typing.get_origin(hint) is Network else hint  # Network[Neurons]
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 if parameter.default is inspect.Parameter.empty or hint is None:
                     raise TypeError(

@@ -7,7 +7,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -380,11 +380,13 @@ def _in_memory(module: nn.Module, recipe: Recipe, device: str, progress: Progres
 def make_stage(recipe: Recipe, index: int, source: Source, target: Path, state: Path, **options: Any) -> Stage:
     """The stage that does step `index` of a recipe; which kind follows from what its method asks for."""
     step = recipe.steps[index]
-    kind: type[WeightStage] | type[LayerStage] | type[VocabularyStage] | type[UnitStage] = UnitStage
-    if step.registered.scope == "network":
-        return PlanStage(source, step, index, recipe.seed, target, state, **options)
-    if step.registered.scope in ("weight", "blocks"):
-        kind = WeightStage if step.registered.scope == "weight" else LayerStage
-    if step.registered.scope == "vocabulary":
-        kind = VocabularyStage
-    return kind(source, step, index, recipe.seed, target, state, **options, calibration=recipe.calibration)
+    kinds: dict[str, Callable[..., Stage]] = {
+        "network": PlanStage,
+        "units": UnitStage,
+        "weight": WeightStage,
+        "blocks": LayerStage,
+        "vocabulary": VocabularyStage,
+    }
+    return kinds[step.registered.scope](
+        source, step, index, recipe.seed, target, state, **options, calibration=recipe.calibration
+    )

@@ -5,7 +5,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.block_stage import BlockStage, Loaded, errors
 from secateur.calibration.passes import Rows
+from secateur.calibration.samples import Calibration, kept_samples
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
 from secateur.context import Context, barrier, processes
@@ -118,7 +119,9 @@ class _CutsUnits(Stage):
 
 @dataclass
 class PlanStage(_CutsUnits):
-    """A step whose method sees all neurons at once and says which stay."""
+    """A step whose method sees the units of the whole network at once and says which stay."""
+
+    calibration: Calibration = field(default_factory=Calibration)
 
     def seconds(self) -> float:
         begun = time.time()
@@ -133,19 +136,33 @@ class PlanStage(_CutsUnits):
     def _decide_all(self) -> None:
         def decide(context: Context) -> dict[str, Any]:
             plan = self._ask(context)
-            for block, cut in plan.cuts.items() if processes()[0] == 0 else ():
-                self.cuts.save(block, "neurons", cut)
+            for (block, axis), cut in plan.cuts.items() if processes()[0] == 0 else ():
+                self.cuts.save(block, axis, cut)
             return {}
 
         self._once("plan", decide)
 
     def _ask(self, context: Context, blocks: Sequence[int] | None = None) -> Plan:
-        registered = self.step.registered
-        network = Network(self.source, self.device, blocks)
-        given = {name: network if need is Network else context for name, need in registered.needs.items()}
+        registered, parameters = self.step.registered, self.step.parameters
+        network: Network[Units] = Network(self.source, self.device, blocks, asked_axes(self.step))
+        given: dict[type, Any] = {Network: network, Context: context}
+        if self.step.calibrated:
+            given |= self._statistics(context)
+        asked = registered.asked(parameters)
+        arguments = {name: given[need] if name in asked else None for name, need in registered.needs.items()}
         # gradients stay possible: weights come without them, and a method that learns takes its own
-        plan: Plan = registered.function(**given, **self._parameters(registered, self.step.parameters))
+        plan: Plan = registered.function(**arguments, **self._parameters(registered, parameters))
         return plan
+
+    def _statistics(self, context: Context) -> dict[type, Any]:
+        """What the method asks for of calibration tokens, by type, collected once and kept in the state."""
+        wishes = self.calibration
+        if wishes.held_out is None:  # nothing is solved on the tokens, so there is no error to see on others
+            wishes = wishes.model_copy(update={"held_out": 0})
+        drawn = self._context("samples").generator("samples")
+        samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress)
+        context.note("calibration", samples.describe())
+        return {}
 
     def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any]:
         tensors = self.source.read(piece.keys)

@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar, cast
 
 from torch import Tensor
 
-from secateur.network.anatomy import Axis, FeedForward, Group, Slice
+from secateur.network.anatomy import AXES, Axis, FeedForward, Group, Slice
 from secateur.network.source import Source
 
 
@@ -27,9 +28,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of the feed-forward neurons of a network: a cut for each block that is cut, by block index."""
+    """What becomes of the units of a network: a cut by block index and kind of unit, for what is cut."""
 
-    cuts: dict[int, Cut] = field(default_factory=dict)
+    cuts: dict[tuple[int, Axis], Cut] = field(default_factory=dict)
 
 
 class Units:
@@ -140,14 +141,26 @@ def units_of(source: Source, block: int, axis: Axis, keep: int | None = None, de
     return Units(source, block, group, keep, device)
 
 
-class Network(Sequence[Neurons]):
-    """The feed-forward layers of a network in order, each read lazily; `blocks` narrows it to some of them."""
+UnitsT = TypeVar("UnitsT", bound=Units)
 
-    def __init__(self, source: Source, device: str = "cpu", blocks: Sequence[int] | None = None) -> None:
+
+class Network(Sequence[UnitsT]):
+    """The units of a network in the order in which tokens meet them, each read lazily: Network[Neurons] has its feed-forward
+    layers, Network[Units] those of the kinds in `axes`. `blocks` narrows it to some of them.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        device: str = "cpu",
+        blocks: Sequence[int] | None = None,
+        axes: Sequence[Axis] = ("neurons",),
+    ) -> None:
         self._units = [
-            Neurons(source, block.index, block.feed_forward, None, device)
+            cast(UnitsT, units_of(source, block.index, axis, None, device))
             for block in source.anatomy.blocks
-            if block.feed_forward and (blocks is None or block.index in blocks)
+            for axis in AXES
+            if axis in axes and block.group(axis) and (blocks is None or block.index in blocks)
         ]
         self.hidden = source.anatomy.hidden
 
@@ -157,7 +170,7 @@ class Network(Sequence[Neurons]):
     def __getitem__(self, index):  # type: ignore[no-untyped-def,override]
         return self._units[index]
 
-    def __iter__(self) -> Iterator[Neurons]:
+    def __iter__(self) -> Iterator[UnitsT]:
         return iter(self._units)
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from secateur.errors import RequestError, RunError
 from secateur.files import read_tensors
 from secateur.network.widths import round_width
-from secateur.registry import Context, Cut, Network, Plan, Ratio, method
+from secateur.registry import Context, Cut, Network, Neurons, Plan, Ratio, method
 from secateur.tensor.policy import Policy, published_draw, top_k
 from secateur.tensor.policy_learning import PublishedLearner, StableLearner
 from secateur.tensor.spectra import WIDE
@@ -51,7 +51,7 @@ Positive = Annotated[float, Field(gt=0)]
     axes=("neurons",),
 )
 def prunenet(
-    network: Network,
+    network: Network[Neurons],
     context: Context,
     *,
     ratio: Ratio = 0.2,
@@ -118,13 +118,15 @@ def prunenet(
             bar.advance()
     if policy is None:
         context.note("ks", {"reward": reward, "per layer": list(context.gather(distances).values())})
-    return Plan({network[layer].block: Cut(selection) for layer, selection in context.gather(kept).items()})
+    return Plan(
+        {(network[layer].block, "neurons"): Cut(selection) for layer, selection in context.gather(kept).items()}
+    )
 
 
 class _Task(NamedTuple):
     """What both ways of training share. cut: layers that lose neurons. widths: neurons each layer keeps."""
 
-    network: Network
+    network: Network[Neurons]
     context: Context
     cut: list[int]
     widths: list[int]

@@ -84,15 +84,6 @@ def test_dsnot_leaves_the_mask_when_inputs_have_no_mean() -> None:
     assert torch.equal(dsnot(weight, moments, _norms(inputs), budget, _context(), mask=mask).kept, mask)
 
 
-def test_dsnot_says_what_it_needs() -> None:
-    inputs, weight = _inputs(), _weight()
-    mask = torch.ones(SHAPE, dtype=torch.bool)
-    with pytest.raises(RequestError, match="name one"):
-        dsnot(weight, _moments(inputs), _norms(inputs), _budget(), _context(), mask=None)
-    with pytest.raises(RequestError, match="breaks tiles"):
-        dsnot(weight, _moments(inputs), _norms(inputs), _budget("0.5/4x4"), _context(), mask=mask)
-
-
 @pytest.mark.parametrize("per", ["row", "layer"])
 def test_pruner_zero_with_the_tree_of_wanda_is_wanda(tmp_path: Path, per: Any) -> None:
     inputs, weight, budget = _inputs(), _weight(), _budget()

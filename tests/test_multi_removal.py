@@ -9,7 +9,6 @@ from torch import Tensor
 
 from quadratic import one_by_one, problem, random_mask, row_loss
 from secateur.context import Context
-from secateur.errors import RequestError
 from secateur.methods.weights.apt import apt
 from secateur.registry import Gram, Update, Weight
 from secateur.tensor.masked_least_squares import Preconditioner, solve_directly
@@ -218,13 +217,6 @@ def test_apt_takes_anothers_mask_and_leaves_what_loses_nothing(layer: Any) -> No
     kept = keep_n_of_m(matrix.abs(), 2, 4)
     assert torch.equal(_apt(matrix, gram, "2:4", mask=kept).kept, kept)
     assert torch.equal(_apt(matrix, gram, "0").matrix, matrix)
-
-
-def test_apt_says_what_rule_m_is_for(layer: Any) -> None:
-    with pytest.raises(RequestError, match="0.5 needs mask_rule=S"):
-        _apt(*layer, "0.5", mask_rule="M")
-    with pytest.raises(RequestError, match="12870 patterns"):
-        _apt(*layer, "8:16", mask_rule="M")
 
 
 def test_apts_schedules_are_what_they_are_called(layer: Any) -> None:

@@ -1,6 +1,7 @@
 """Which matrices a step prunes, how many weights they lose, and every way of asking for it wrongly."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import tiny
 from command import Told, compress, secateur, snapshot
 from secateur import Recipe, RequestError, read_masks, registry
+from secateur.checks import check_steps
 from secateur.network.source import open_model
 from secateur.registry import Allocation, Context, Matrices
 from secateur.run import compress as run
@@ -304,3 +306,29 @@ def test_an_allocation_is_set_like_any_method() -> None:
     with pytest.raises(RequestError, match="magnitude has no parameter 'nothing'"):
         recipe.override(["1.nothing=1"])
     assert "wanda" in secateur("methods").out
+
+
+CONTRADICTIONS = {
+    "apt: mask_rule=M compares the patterns": ("apt", {"mask_rule": "M", "pattern": 0.5}),
+    "12870 patterns": ("apt", {"mask_rule": "M", "pattern": "8:16"}),
+    "admm: the mask grows for 15 iterations": ("admm", {"iterations": 10}),
+    "breaks tiles": ("dsnot", {"mask": "wanda", "pattern": "0.5/4x4"}),
+    "global_threshold: it counts single weights": (
+        "magnitude", {"allocation": "global_threshold", "pattern": "0.5/4x4"}
+    ),
+    "pq_index: it needs p < q": ("wanda", {"allocation": {"pq_index": {"p": 1.0}}}),
+    "grows for 30 iterations": ("dense_refit", {"mask": {"admm": {"ramp": 30}}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", CONTRADICTIONS)
+def test_parameters_that_contradict_each_other_are_refused_before_anything_is_read(
+    said: str, model: Callable[..., Path], tmp_path: Path
+) -> None:
+    method, parameters = CONTRADICTIONS[said]
+    source = open_model(model("llama"))
+    steps = Recipe.parse({"steps": [{method: parameters}]}).steps
+    with pytest.raises(RequestError, match=re.escape(said)):
+        check_steps(source, steps)
+    [fine] = Recipe.parse({"steps": [{"apt": {"mask_rule": "M", "pattern": "2:4"}}]}).steps
+    check_steps(source, [fine])

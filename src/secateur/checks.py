@@ -8,6 +8,7 @@ from secateur.network.source import Source
 from secateur.network.store import resized_config
 from secateur.network.vocabulary import open_vocabulary, token_rows
 from secateur.recipe import Step
+from secateur.solving import Solver
 from secateur.targets import check_targets
 from secateur.units import Sizes, planned_sizes, present_sizes
 
@@ -28,6 +29,7 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
     sizes: Sizes = {}
     count = len(network.blocks)
     for step in steps:
+        Solver.of(step.registered, step.parameters).check(step.parameters)
         if step.registered.scope == "blocks":
             count = _check_blocks(source, step, count)
             # which blocks go is not known yet; mostly they are alike, and only how many are left matters here

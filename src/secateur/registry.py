@@ -97,6 +97,7 @@ class Method:
     schema: type[pydantic.BaseModel]
     help: dict[str, str] = field(default_factory=dict)
     only: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refuses: Callable[[Mapping[str, Any]], str | None] = lambda _: None
 
     @property
     def scope(self) -> str:
@@ -235,6 +236,7 @@ def method(
     learned: bool = False,
     axes: tuple[Axis, ...] = AXES,
     only: Mapping[str, Mapping[str, Any]] | None = None,
+    refuses: Callable[[Mapping[str, Any]], str | None] = lambda _: None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as a method. A signature that breaks the contract is a TypeError at import.
 
@@ -247,6 +249,8 @@ def method(
         axes: the units that it can cut, for a method that cuts some.
         only: what is asked for under some parameters alone, {asked for: {parameter: value}}; it is None otherwise, and its
             type says so.
+        refuses: the sentence that says why parameters, the engine's included, contradict each other; None where they do not.
+            Asked before anything is read.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -305,6 +309,7 @@ def method(
         _registry[name] = Method(
             name, kind, paper, claim, when, speedup, learned, axes, function, needs, schema,
             {key: common[key][2] if key in common else help_texts[key] for key in fields}, conditions,
+            refuses,
         )  # fmt: skip
         return function
 

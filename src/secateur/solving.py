@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.calibration.statistics import INPUT_STATISTICS, Gradients, Statistics
 from secateur.context import Context
-from secateur.errors import RunError
+from secateur.errors import RequestError, RunError
 from secateur.network.views import Mask, Update, Weight
 from secateur.registry import Method, find
 from secateur.tensor.patterns import Budget
@@ -58,6 +58,17 @@ class Solver:
     def calibrated(self) -> bool:
         """Whether it needs calibration tokens."""
         return bool(self.statistics) or self.gradients
+
+    def check(self, common: Mapping[str, Any]) -> None:
+        """Raises RequestError where parameters contradict each other, or those of the step, `common`."""
+        said = {**common, **self.parameters, **{name: self.others.get(name) for name in self.method.others}}
+        if why := self.method.refuses(said):
+            raise RequestError(f"{self.method.name}: {why}")
+        for other in self.others.values():
+            other.check(common)
+        for name, given in (common.get("allocation") or {}).items():
+            if why := find(name).refuses({**common, **given}):
+                raise RequestError(f"{name}: {why}")
 
     def solve(
         self, weight: Weight, budget: Budget, statistics: Statistics, gradients: Gradients | None, context: Context

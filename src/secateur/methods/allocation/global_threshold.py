@@ -4,9 +4,9 @@ Global magnitude pruning, as old as magnitude pruning itself. Nothing keeps a ma
 all of them; among matrices whose scales mean different things that is usual, and why uniform is the default.
 """
 
-from secateur.errors import RequestError
 from secateur.registry import Allocation, Matrices, method
 from secateur.tensor.budgets import lowest_counts
+from secateur.tensor.patterns import Pattern
 
 
 @method(
@@ -16,6 +16,11 @@ from secateur.tensor.budgets import lowest_counts
     claim="the common baseline: magnitude pruning without layers",
     when="after training",
     speedup="specific",
+    refuses=lambda given: (
+        "it counts single weights, not tiles; give a plain fraction, such as pattern=0.5."
+        if Pattern.parse(given["pattern"]).block is not None
+        else None
+    ),
 )
 def global_threshold(network: Matrices) -> Allocation:
     """Divides the budget by how many of the smallest weights of all lie in each matrix; reads the matrices three times.
@@ -24,9 +29,5 @@ def global_threshold(network: Matrices) -> Allocation:
     time.
     """
     sizes = {weight.name: weight.rows * weight.columns for weight in network}
-    if list(sizes.values()) != network.sizes:
-        raise RequestError(
-            "global_threshold counts single weights, not tiles; give a plain fraction, such as pattern=0.5."
-        )
     counts = lowest_counts(lambda: (weight.matrix for weight in network), network.remove)
     return Allocation(dict(zip(sizes, counts, strict=True)))

@@ -25,6 +25,9 @@ Positive = Annotated[float, Field(gt=0)]
     claim="as a schedule of iterative pruning it beats lottery-ticket pruning; as a layer budget it is our proposal",
     when="after training",
     speedup="specific",
+    refuses=lambda given: (
+        f"it needs p < q, found p={given['p']:g} and q={given['q']:g}." if given["p"] >= given["q"] else None
+    ),
 )
 def pq_index_allocation(
     network: Matrices,
@@ -48,8 +51,6 @@ def pq_index_allocation(
         beta: largest share of a matrix that may count as removable.
         limit: largest fraction that a single matrix loses; what it cuts off goes to the others.
     """
-    if p >= q:
-        raise RequestError(f"pq_index needs p < q, found p={p:g} and q={q:g}.")
     relative, told = dict[str, float](), dict[str, dict[str, float]]()
     for weight in network:
         size = weight.rows * weight.columns

@@ -13,7 +13,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from secateur.errors import RequestError
 from secateur.registry import Budget, Context, Gram, MaskFrom, Update, Weight, method
 from secateur.tensor.admm import admm as solve
 
@@ -25,6 +24,11 @@ from secateur.tensor.admm import admm as solve
     claim="the best one-shot pruning of its time across a wide range of LLMs, by a fast weight update",
     when="after training",
     speedup="specific",
+    refuses=lambda parameters: (
+        f"the mask grows for {parameters['ramp']} iterations, but there are {parameters['iterations']}; lower ramp."
+        if parameters["mask"] is None and parameters["ramp"] > parameters["iterations"]
+        else None
+    ),
 )
 def admm(
     weight: Weight,
@@ -52,8 +56,6 @@ def admm(
         per: compare weights within the whole matrix, or within each output row; a plain fraction alone heeds it.
         mask: a method whose mask is used from the start, in place of one that grows.
     """
-    if mask is None and ramp > iterations:
-        raise RequestError(f"admm: the mask grows for {ramp} iterations, but there are {iterations}; lower ramp.")
     hessian = gram.damped(damping, damping_of)
     if hessian.retries:
         context.warn(f"{weight.name}: its inputs needed a damping of {hessian.fraction:g}, in float64.")

@@ -14,16 +14,30 @@ Calibration error falls further than held-out error, because more freedom fits t
 more tokens or more damping than SparseGPT.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
-from secateur.errors import RequestError
 from secateur.registry import Budget, Context, Gram, MaskFrom, Update, Weight, method
 from secateur.tensor.masked_least_squares import solve_by_steps, solve_directly
 from secateur.tensor.multi_removal import Rule, choose_at_once, jointly, scan, scan_exactly, singly
+from secateur.tensor.patterns import Pattern
 from secateur.tensor.sweep import by_budget, sweep
+
+
+def _contradiction(parameters: Mapping[str, Any]) -> str | None:
+    pattern = Pattern.parse(parameters["pattern"])
+    if parameters["mask_rule"] == "S" or parameters["mask"] is not None:
+        return None
+    if pattern.kept is None or pattern.of is None:
+        return f"mask_rule=M compares the patterns of N:M, such as 2:4; {pattern} needs mask_rule=S."
+    try:
+        jointly(pattern.kept, pattern.of)
+    except ValueError as error:
+        return f"{error}; use mask_rule=S."
+    return None
 
 
 @method(
@@ -33,6 +47,7 @@ from secateur.tensor.sweep import by_budget, sweep
     claim="better than the post-training pruning before it on transformer and Mamba LLMs, unstructured and N:M",
     when="after training",
     speedup="specific",
+    refuses=_contradiction,
 )
 def apt(
     weight: Weight,
@@ -102,13 +117,6 @@ def _rule(name: str, budget: Budget, block: int) -> tuple[Rule, int]:
     selection = by_budget(budget, block)
     pattern = budget.pattern
     if pattern.kept is None or pattern.of is None:
-        if name == "M":
-            raise RequestError(
-                f"apt: mask_rule=M compares the patterns of N:M, such as 2:4; {pattern} needs mask_rule=S."
-            )
         return singly(selection.choose), selection.step
     width = max(1, block // pattern.of) * pattern.of
-    try:
-        return (jointly(pattern.kept, pattern.of) if name == "M" else singly(selection.choose)), width
-    except ValueError as error:
-        raise RequestError(f"apt: {error}; use mask_rule=S.") from error
+    return (jointly(pattern.kept, pattern.of) if name == "M" else singly(selection.choose)), width

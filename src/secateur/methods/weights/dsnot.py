@@ -17,8 +17,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from secateur.errors import RequestError
 from secateur.registry import Budget, Context, InputNorms, Mask, MaskFrom, Moments, Weight, method
+from secateur.tensor.patterns import Pattern
 from secateur.tensor.swaps import refine
 
 
@@ -29,6 +29,11 @@ from secateur.tensor.swaps import refine
     claim="at 70 % LLaMA-7B has a perplexity 26.79 below Wanda's; at 50 % others found it no better than Wanda",
     when="after training",
     speedup="specific",
+    refuses=lambda given: (
+        "it swaps single weights, which breaks tiles; use a plain fraction or N:M."
+        if Pattern.parse(given["pattern"]).block is not None
+        else None
+    ),
 )
 def dsnot(
     weight: Weight,
@@ -58,10 +63,6 @@ def dsnot(
         same_sign: refuse swaps after which the error has changed its sign, so that it falls at every swap; N:M always
             does. false is how the published code is said to run.
     """
-    if mask is None:
-        raise RequestError("dsnot refines the mask of another method: name one, such as mask=wanda.")
-    if budget.pattern.block is not None:
-        raise RequestError("dsnot swaps single weights, which breaks tiles; use a plain fraction or N:M.")
     refined = refine(
         weight.matrix, mask, moments.mean * length, moments.variance, norms.norms,
         cycles=cycles, threshold=threshold, relative=relative, same_sign=same_sign, group=budget.pattern.of,

@@ -3,11 +3,12 @@
     python benchmarks/sparsegpt_peer.py --calibration wikitext2/validation.txt --text wikitext2/test.txt \\
         --peer-python PEER/bin/python [--pairs 2] [--method wanda] [--patterns 0.5 2:4] [--sequential]
 
-The peer lives in an environment of its own (`pip install llmcompressor`); without --peer-python only ours runs. Calibrated
-on the first windows of the text; perplexity, in float32 by our own code for all, on the first windows of 1024 tokens.
-Seconds and memory are medians over the pairs. Compression: our receipt's step, which reads the model's weights, prunes
-and writes the result; the peer's oneshot(), which has the model in memory and leaves it there. Whole command: imports,
-loading, saving and, in ours alone, the reload check; that check takes a second process, which the tree's memory counts.
+The peer lives in an environment of its own (`pip install llmcompressor`); without --peer-python only ours runs. The first
+pair is calibrated on the first windows of the text, the next on those that follow; perplexity, in float32 by our own code
+for all, on the first windows of 1024 tokens. Seconds, memory and perplexity are medians over the pairs. Compression: our
+receipt's step, which reads the model's weights, prunes and writes the result; the peer's oneshot(), which has the model in
+memory and leaves it there. Whole command: imports, loading, saving and, in ours alone, the reload check; that check takes a
+second process, which the tree's memory counts.
 """
 
 import argparse
@@ -60,28 +61,30 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     model = options.model or plain_model(folder / "model")
-    windows = text_ids(options.calibration, model).ids.split(options.length)[: options.samples]
-    ids, text = write_ids(folder / "ids.json", windows), text_ids(options.text, model)
+    windows, text = text_ids(options.calibration, model).ids.split(options.length), text_ids(options.text, model)
+    given = [
+        write_ids(folder / f"ids-{pair}.json", windows[pair * options.samples : (pair + 1) * options.samples])
+        for pair in range(options.pairs)
+    ]
     variants = OURS | ({f"{name}, sequential": {**at, "sequential": True} for name, at in OURS.items()}
                        if options.sequential else {})  # fmt: skip
     names = [*variants, PEER] if options.peer_python else [*variants]
     for pattern in options.patterns:
         taken: dict[str, list[Taken]] = {name: [] for name in names}
-        quality: dict[str, float] = {}
+        quality: dict[str, list[float]] = {name: [] for name in names}
         for pair in range(options.pairs):
             # in turn from either end, so that whatever warms up or slows down meets all alike
             for name in names[:: -1 if pair % 2 else 1]:
                 output = folder / "out"
                 shutil.rmtree(output, ignore_errors=True)
                 if name == PEER:
-                    one = theirs(options, model, ids, pattern, output)
+                    one = theirs(options, model, given[pair], pattern, output)
                 else:
-                    one = ours(options, model, ids, pattern, output, variants[name])
+                    one = ours(options, model, given[pair], pattern, output, variants[name])
                 taken[name].append(one)
-                if name not in quality:
-                    quality[name] = measure(output, text, options.windows)
+                quality[name].append(measure(output, text, options.windows))
                 print(f"{pattern}, {name}: {one.step:.1f} s, {one.command:.1f} s with the rest, {human(one.own)}, "
-                      f"{human(one.tree)} with children, perplexity {quality[name]:.3f}", flush=True)  # fmt: skip
+                      f"{human(one.tree)} with children, perplexity {quality[name][-1]:.3f}", flush=True)  # fmt: skip
         table(options, pattern, taken, quality, measure(model, text, options.windows))
     if options.folder is None:
         shutil.rmtree(folder)
@@ -114,7 +117,7 @@ def table(
     options: argparse.Namespace,
     pattern: str,
     taken: Mapping[str, list[Taken]],
-    quality: Mapping[str, float],
+    quality: Mapping[str, list[float]],
     dense: float,
 ) -> None:
     middle = {
@@ -129,7 +132,7 @@ def table(
             f"{command:.1f} s",
             human(own),
             human(tree),
-            f"{quality[name]:.3f}",
+            f"{median(quality[name]):.2f} ({min(quality[name]):.2f} to {max(quality[name]):.2f})",
         )
         for name, (step, command, own, tree) in middle.items()
     ]

@@ -70,12 +70,12 @@ class WeightStage(BlockStage):
             }
             found = [ref for name in names for ref in refs.get(name, ())]
             new = written([name for name in names if name in refs]) if updated else {}
-            # of these blocks alone: unpacked, all masks would take as many bytes as there are weights
-            masks: dict[str, Tensor] = {}
+            # of these blocks alone, and unpacked one by one: all masks would take as many bytes as there are weights
+            masks: dict[str, PackedMask] = {}
             for block in {ref.block for ref in found}:
                 masks |= read_mask_file(self._masks() / f"{block}.safetensors")
             for ref in found:
-                gone = ~masks[ref.name]
+                gone = ~masks[ref.name].kept()
                 if ref.parameter in new:
                     matrix = view(ref, new[ref.parameter])
                     if bool((matrix[gone] != 0).any()):

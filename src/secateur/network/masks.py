@@ -27,9 +27,10 @@ def pack(kept: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """What `pack` was given."""
-    places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    bits = (packed.unsqueeze(1) >> places) & 1
-    return bits.view(-1)[: torch.Size(shape).numel()].bool().view(shape)
+    bits = torch.empty(len(packed), 8, dtype=torch.bool, device=packed.device)
+    for place in range(8):
+        bits[:, place] = packed >> (7 - place) & 1
+    return bits.view(-1)[: torch.Size(shape).numel()].view(shape)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class PackedMask:
     def of(cls, kept: Tensor) -> "PackedMask":
         return cls(pack(kept).cpu(), tuple(kept.shape))
 
+    def kept(self) -> Tensor:
+        """The mask as it was given."""
+        return unpack(self.bits, self.shape)
+
 
 def write_masks(path: Path, kept: Mapping[str, PackedMask]) -> None:
     """Writes masks by the names of their matrices; shapes go into the header."""
@@ -50,11 +55,11 @@ def write_masks(path: Path, kept: Mapping[str, PackedMask]) -> None:
     write_tensors(path, {name: mask.bits for name, mask in kept.items()}, {"shapes": json.dumps(shapes)})
 
 
-def read_mask_file(path: Path) -> dict[str, Tensor]:
-    """{matrix: (r, d) bool, True where a weight stays}"""
+def read_mask_file(path: Path) -> dict[str, PackedMask]:
+    """What `write_masks` wrote, by matrix."""
     tensors, metadata = read_tensors(path)
     shapes = json.loads(metadata["shapes"])
-    return {name: unpack(packed, tuple(shapes[name])) for name, packed in tensors.items()}
+    return {name: PackedMask(packed, tuple(shapes[name])) for name, packed in tensors.items()}
 
 
 def read_masks(directory: str | Path) -> dict[str, Tensor]:
@@ -74,4 +79,4 @@ def read_masks(directory: str | Path) -> dict[str, Tensor]:
         raise RequestError(
             f"{directory} holds no masks: no weights were zeroed there, or secateur/{FOLDER} was removed."
         )
-    return {name: mask for path in files for name, mask in read_mask_file(path).items()}
+    return {name: mask.kept() for path in files for name, mask in read_mask_file(path).items()}

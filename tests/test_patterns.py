@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from secateur.tensor import patterns
 from secateur.tensor.patterns import Budget, Pattern, keep_blocks, keep_n_of_m, keep_overall, keep_per_row, shares
 
 
@@ -85,6 +86,24 @@ def test_a_budget_is_met_to_one_weight(text: str, per: str) -> None:
     tile = 32 if "x" in text else 1
     assert abs(budget.weights - Pattern.parse(text).sparsity * 480) <= tile / 2
     assert sum(budget.rows()) == sum(budget.columns([16, 16, 8])) == budget.remove
+
+
+@pytest.mark.parametrize("text", ["0.37", "2:4", "0.25/4x8"])
+@pytest.mark.parametrize("per", ["row", "layer"])
+def test_scores_made_some_rows_at_a_time_give_the_same_mask(
+    text: str, per: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "_rows_at_once", lambda columns: 5)
+    budget, asked = Budget.uniform(Pattern.parse(text), (12, 40)), []
+    scores = torch.rand(12, 40, generator=torch.Generator().manual_seed(3))
+
+    def some(rows: slice) -> torch.Tensor:
+        asked.append(rows.stop - rows.start)
+        return scores[rows]
+
+    assert torch.equal(budget.mask(some, per), budget.mask(scores, per))
+    alone = text == "2:4" or (text == "0.37" and per == "row")
+    assert asked == ([5, 5, 2] if alone else [12])
 
 
 @pytest.mark.parametrize("text", ["2:4", "0.5/4x4", "0.5/3x2"])

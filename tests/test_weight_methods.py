@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from secateur.context import Context
-from secateur.errors import RequestError
 from secateur.methods.weights.admm import admm
 from secateur.methods.weights.magnitude import magnitude
 from secateur.methods.weights.sparsegpt import sparsegpt
@@ -121,8 +120,3 @@ def test_a_damping_that_had_to_grow_is_told(method: Any) -> None:
     quiet = Context()
     method(_weight(), _gram(_inputs()), _budget(), quiet)
     assert quiet.warnings == []
-
-
-def test_a_ramp_longer_than_the_iterations_is_refused() -> None:
-    with pytest.raises(RequestError, match="lower ramp"):
-        admm(_weight(), _gram(_inputs()), _budget(), Context(), iterations=5)

@@ -103,7 +103,7 @@ class Solver:
 
     def fall_back(self, weight: Weight, budget: Budget) -> Mask:
         """For a matrix that no token has reached: the smallest weights go, since nothing is known of its inputs."""
-        return Mask(budget.mask(weight.matrix.abs(), "row"))
+        return Mask(budget.mask(lambda rows: weight.matrix[rows].abs(), "row"))
 
 
 def _check(found: Mask | Update, weight: Weight, where: str) -> None:

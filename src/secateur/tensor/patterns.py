@@ -4,7 +4,7 @@ A mask is a bool tensor of the weight's shape, True where a weight stays. Scores
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,13 +83,15 @@ def keep_per_row(scores: Tensor, remove: Sequence[int]) -> Tensor:
     counts = torch.tensor(remove, device=scores.device).unsqueeze(1)
     places = torch.arange(scores.shape[1], device=scores.device)
     # an order takes three times the memory of its scores, so some rows at a time
-    for part, number, mask in zip(*(t.split(_rows_at_once(scores)) for t in (scores, counts, kept)), strict=True):
+    for part, number, mask in zip(
+        *(t.split(_rows_at_once(scores.shape[1])) for t in (scores, counts, kept)), strict=True
+    ):
         mask.scatter_(1, part.sort(dim=1, stable=True).indices, places >= number)
     return kept
 
 
-def _rows_at_once(scores: Tensor) -> int:
-    return max(1, 2**20 // max(1, scores.shape[1]))
+def _rows_at_once(columns: int) -> int:
+    return max(1, 2**20 // max(1, columns))
 
 
 def keep_overall(scores: Tensor, remove: int) -> Tensor:
@@ -175,13 +177,30 @@ class Budget:
         """How many weights each run of columns loses, for runs of these widths; they sum to `remove`."""
         return shares(self.remove, [self.shape[0] * size for size in sizes])
 
-    def mask(self, scores: Tensor, per: str = "row") -> Tensor:
-        """(r, d) mask that removes the lowest of `scores`; `per`, "row" or "layer", matters to a plain fraction alone."""
+    def mask(self, scores: Tensor | Callable[[slice], Tensor], per: str = "row") -> Tensor:
+        """(r, d) mask that removes the lowest of `scores`; `per`, "row" or "layer", matters to a plain fraction alone.
+
+        scores: (r, d), or what gives those of some rows: where each row is judged alone, never all of them are held.
+        """
+        if not callable(scores):
+            return self._masked(scores, slice(0, self.shape[0]), per)
+        together = self.pattern.block is not None or (self.pattern.of is None and per == "layer")
+        step = self.shape[0] if together else _rows_at_once(self.shape[1])
+        kept: Tensor | None = None
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, min(start + step, self.shape[0]))
+            part = self._masked(scores(rows), rows, per)
+            kept = part.new_empty(self.shape) if kept is None else kept
+            kept[rows] = part
+        assert kept is not None, "a matrix has rows"
+        return kept
+
+    def _masked(self, scores: Tensor, rows: slice, per: str) -> Tensor:
         if self.pattern.of is not None and self.pattern.kept is not None:
             return keep_n_of_m(scores, self.pattern.kept, self.pattern.of)
         if self.pattern.block is not None:
             return keep_blocks(scores, self.pattern.block, self.remove)
-        return keep_overall(scores, self.remove) if per == "layer" else keep_per_row(scores, self.rows())
+        return keep_overall(scores, self.remove) if per == "layer" else keep_per_row(scores, self.rows()[rows])
 
     @property
     def weights(self) -> int:

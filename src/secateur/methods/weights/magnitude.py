@@ -24,4 +24,4 @@ def magnitude(weight: Weight, budget: Budget, *, per: Literal["row", "layer"] = 
     Args:
         per: compare weights within the whole matrix, or within each output row; a plain fraction alone heeds it.
     """
-    return Mask(budget.mask(weight.matrix.abs(), per))
+    return Mask(budget.mask(lambda rows: weight.matrix[rows].abs(), per))

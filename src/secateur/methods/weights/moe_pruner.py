@@ -30,4 +30,5 @@ def moe_pruner(weight: Weight, norms: GatedNorms, budget: Budget, *, per: Litera
     Args:
         per: compare scores within each output row, or within the whole matrix.
     """
-    return Mask(budget.mask(weight.matrix.abs().mul_((norms.squares / norms.tokens).sqrt()), per))
+    scale = (norms.squares / norms.tokens).sqrt()
+    return Mask(budget.mask(lambda rows: weight.matrix[rows].abs().mul_(scale), per))

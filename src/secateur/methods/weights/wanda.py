@@ -30,10 +30,9 @@ def wanda(weight: Weight, norms: InputNorms, budget: Budget, *, per: Literal["ro
         per: compare scores within each output row (published), within the whole matrix, or "mass": each row loses the same
             share of its summed scores, so rows with few large weights lose more. A plain fraction alone heeds it.
     """
-    scores = weight.matrix.abs().mul_(norms.norms)  # in place: a wide matrix would be held twice
     if per == "mass" and budget.pattern.block is None:
-        return Mask(budget.mask(_mass(scores), "layer"))
-    return Mask(budget.mask(scores, per))
+        return Mask(budget.mask(_mass(weight.matrix.abs().mul_(norms.norms)), "layer"))
+    return Mask(budget.mask(lambda rows: weight.matrix[rows].abs().mul_(norms.norms), per))
 
 
 def _mass(scores: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from secateur.block_stage import BlockStage, Loaded, errors
@@ -155,8 +156,10 @@ class WeightStage(BlockStage):
 
     def _change(self, blocks: Sequence[Block], tensors: dict[str, Tensor]) -> None:
         for block in blocks:
-            for parameter, tensor in read_tensors(self._changes(block.index))[0].items():
-                tensors.update(self.source.take_apart(parameter, tensor, tensors))
+            # not copied: the file stays mapped until the shard is written
+            with safe_open(self._changes(block.index), framework="pt") as file:
+                for parameter in file.keys():
+                    tensors.update(self.source.take_apart(parameter, file.get_tensor(parameter), tensors))
 
     def _kept(self, block: int) -> bool:
         return self._changes(block).exists()

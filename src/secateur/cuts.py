@@ -112,7 +112,9 @@ class Cuts:
         group = self.group(block, axis)
         kept, where = cut.kept, f"{self._method}, block {block}"
         ordered = len(kept) > 0 and bool((kept[1:] > kept[:-1]).all())
-        if not ordered or int(kept[0]) < 0 or int(kept[-1]) >= group.count:
+        size = group.count // group.sets
+        uneven = group.sets > 1 and len(set((kept // size).bincount(minlength=group.sets).tolist())) > 1
+        if not ordered or int(kept[0]) < 0 or int(kept[-1]) >= group.count or uneven:
             raise RunError(f"{where}: an impossible set of {axis} was kept; nothing was cut there.")
         hidden = self._source.anatomy.hidden
         for name, tensor, shape in (

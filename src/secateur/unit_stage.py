@@ -58,7 +58,7 @@ class _CutsUnits(Stage):
     def apply(self, module: nn.Module) -> None:
         self._decide_all()
         cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
-        heads = any(axis == "heads" for _, axis in cuts)
+        heads = any(axis != "neurons" for _, axis in cuts)
         wanted = self._outputs(self._silenced(module)) if heads else None
         try:
             # so that a module whose widths its configuration can say may be saved

@@ -10,6 +10,12 @@ from secateur.network.source import Source
 from secateur.network.widths import round_width
 from secateur.recipe import Step
 
+WORDS: dict[Axis, str] = {
+    "neurons": "feed-forward neurons",
+    "heads": "attention heads",
+    "queries": "query heads",
+}
+
 Sizes = dict[Axis, dict[int, int]]
 """How many units of each kind there are, by block."""
 
@@ -26,15 +32,24 @@ def present_sizes(source: Source, step: Step) -> Sizes:
     Raises RequestError naming the first block whose units a method cannot see, or that has but one.
     """
     sizes: Sizes = {}
+    if {"heads", "queries"} <= set(asked_axes(step)):
+        raise RequestError(
+            f"{step.method}: which queries there are follows from the heads, so one step cannot cut both; make two of it."
+        )
     for axis in asked_axes(step):
         sizes[axis] = {}
         for block in source.anatomy.blocks:
             group = block.group(axis)
             if group is None:
-                what = "feed-forward neurons" if axis == "neurons" else "attention heads"
+                what = WORDS[axis]
                 raise RequestError(
                     f"{step.method} cuts {what}, but {block.path} of {source.spec} is a {block.kind} block: "
                     f"{(block.note or f'no {what} that can be told apart were recognised in it').rstrip('.')}."
+                    + (
+                        " Where every head has keys and values of its own, choose axis=heads."
+                        if axis == "queries"
+                        else ""
+                    )
                 )
             if axis == "heads" and group.count == 1 and wanted_ratio(step.parameters) > 0:
                 raise RequestError(
@@ -81,8 +96,9 @@ def planned_sizes(source: Source, step: Step, present: Sizes | None = None) -> S
                 f"{step.method}: ratios has {len(ratios)} values, but {source.spec} has {len(units)} layers."
             )
         multiple = parameters.get("multiple_of", 1) if axis == "neurons" else 1
+        sets = {block.index: group.sets for block in source.anatomy.blocks if (group := block.group(axis))}
         planned[axis] = {
-            index: round_width(count, ratio, multiple)
+            index: sets[index] * round_width(count // sets[index], ratio, multiple)
             for (index, count), ratio in zip(units.items(), ratios, strict=True)
         }
     return planned

@@ -32,17 +32,18 @@ class Slice:
         return (self.offset + units[:, None] * self.width + torch.arange(self.width, device=units.device)).flatten()
 
 
-Axis = Literal["heads", "neurons"]
-AXES: tuple[Axis, ...] = ("heads", "neurons")
+Axis = Literal["heads", "queries", "neurons"]
+AXES: tuple[Axis, ...] = ("heads", "queries", "neurons")
 
 
 @dataclass(frozen=True)
 class Group:
     """The units of one kind in one block, with everything that must be cut together.
 
-    axis: "neurons" of the feed-forward layer; "heads" of attention, where those that share keys and values are one unit.
+    axis: "neurons" of the feed-forward layer; "heads" of attention, where those that share keys and values are one unit;
+    "queries": single query heads, where several share keys and values.
     inputs: what makes the units, weights and biases. output: the matrix that reads them, along its inputs; its bias,
-    output_bias, is not per unit and stays whole.
+    output_bias, is not per unit and stays whole. sets: the units lie in so many equal runs, of which each must keep as many.
     """
 
     axis: Axis
@@ -50,6 +51,7 @@ class Group:
     inputs: tuple[Slice, ...]
     output: Slice
     output_bias: str | None
+    sets: int = 1
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -97,7 +99,8 @@ class FeedForward:
 @dataclass(frozen=True)
 class Attention:
     """Attention as parameter names. `fused`: one parameter holds several of q, k, v and is named under each. group: its
-    heads as units, None where it is not known where they lie.
+    heads as units, None where it is not known where they lie. queries: its query heads, None also where each has keys and
+    values of its own.
     """
 
     module: str
@@ -110,6 +113,7 @@ class Attention:
     v: tuple[str, ...]
     o: tuple[str, ...]
     group: Group | None = None
+    queries: Group | None = None
 
     @property
     def kind(self) -> str:
@@ -153,8 +157,11 @@ class Block:
 
     def group(self, axis: Axis) -> Group | None:
         """Its units of that kind, None where there are none or they were not recognised."""
-        part = self.feed_forward if axis == "neurons" else self.attention
-        return part.group if part else None
+        if axis == "neurons":
+            return self.feed_forward.group if self.feed_forward else None
+        if self.attention is None:
+            return None
+        return self.attention.group if axis == "heads" else self.attention.queries
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -403,7 +410,7 @@ def _attention(path: str, finding: _Finding) -> Attention | None:
     output = (join(path, found.output.weight),)
     return Attention(
         join(path, found.host), found.heads, found.kv_heads, found.head_dim, found.fused, q, k, v, output,
-        _heads(path, found, roles),
+        _heads(path, found, roles), _queries(path, found, roles),
     )  # fmt: skip
 
 
@@ -424,3 +431,19 @@ def _heads(path: str, found: AttentionProposal, roles: probe.AttentionRoles) -> 
     output, bias = found.output, found.output.bias
     columns = Slice(join(path, output.weight), 1 - output.output_dim, 0, output.inputs // count)
     return Group("heads", count, tuple(inputs), columns, join(path, bias) if bias else None)
+
+
+def _queries(path: str, found: AttentionProposal, roles: probe.AttentionRoles) -> Group | None:
+    """Single query heads, where those that share keys and values lie side by side and apart from these."""
+    together = found.heads // found.kv_heads
+    runs = [run for run in roles.runs or () if run[0] == roles.q and run[2] == together]
+    if together == 1 or len(runs) != 1:
+        return None
+    index, start, _ = runs[0]
+    size, matrix, output = found.head_dim, found.inputs[index], found.output
+    inputs = [Slice(join(path, matrix.weight), matrix.output_dim, start * size, size)]
+    if matrix.bias:
+        inputs.append(Slice(join(path, matrix.bias), 0, start * size, size))
+    columns = Slice(join(path, output.weight), 1 - output.output_dim, 0, size)
+    bias = join(path, output.bias) if output.bias else None
+    return Group("queries", found.heads, tuple(inputs), columns, bias, found.kv_heads)

@@ -5,7 +5,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Set
 from copy import deepcopy
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,16 @@ def resized_config(source: Source, sizes: Sizes, plain: bool = False) -> dict[st
         return raw
     common = plain_config(raw)
     unsaid: list[Axis] = []
-    for axis in AXES:
-        names = {part.parameter for block in blocks if (group := block.group(axis)) for part in group.slices}
-        candidates = _heads if axis == "heads" else _widths
-        tries = (common, *candidates(common, source, old[axis], new[axis], _overridden(raw)))
-        changed = next((each for each in tries if _agree(_shapes(source, each), wanted, names)), None)
+    for axes in (("heads", "queries"), ("neurons",)):
+        names = {part.parameter for b in blocks for axis in axes if (group := b.group(axis)) for part in group.slices}
+        tries: Iterator[dict[str, Any]]
+        if axes == ("neurons",):
+            tries = _widths(common, source, old["neurons"], new["neurons"], _overridden(raw))
+        else:
+            tries = _heads(common, source, new, _overridden(raw))
+        changed = next((each for each in chain((common,), tries) if _agree(_shapes(source, each), wanted, names)), None)
         if changed is None:
-            unsaid.append(axis)
+            unsaid += axes
         else:
             common = changed
     if not unsaid and _shapes(source, common) == wanted:
@@ -97,12 +100,22 @@ def _agree(
 
 
 def _block_shape(block: Block, sizes: Sizes) -> BlockShape:
-    """What a block is to have, in single heads."""
-    units, heads, kv_heads = sizes["neurons"].get(block.index), None, None
-    if block.attention and block.attention.group:
-        kept, of = sizes["heads"][block.index], block.attention.group.count
-        heads, kv_heads = (kept * count // of for count in (block.attention.heads, block.attention.kv_heads))
-    return BlockShape(units=units, heads=heads, kv_heads=kv_heads)
+    """What a block is to have."""
+    heads, kv_heads = _single_heads(block, sizes)
+    return BlockShape(units=sizes["neurons"].get(block.index), heads=heads, kv_heads=kv_heads)
+
+
+def _single_heads(block: Block, sizes: Sizes) -> tuple[int | None, int | None]:
+    """How many heads, and how many of keys and values, a block is to have; None where they cannot be told apart."""
+    attention, heads, kv_heads = block.attention, None, None
+    if attention and attention.group:
+        kept, of = sizes.get("heads", {}).get(block.index, attention.group.count), attention.group.count
+        heads, kv_heads = (kept * count // of for count in (attention.heads, attention.kv_heads))
+    if attention and attention.queries:
+        kept = sizes.get("queries", {}).get(block.index, attention.queries.count)
+        if kept < attention.queries.count:
+            heads, kv_heads = kept, attention.kv_heads
+    return heads, kv_heads
 
 
 def _unsaid(source: Source, axis: Axis, old: Mapping[int, int], new: Mapping[int, int]) -> str:
@@ -110,7 +123,7 @@ def _unsaid(source: Source, axis: Axis, old: Mapping[int, int], new: Mapping[int
     architecture, values = type(source.skeleton).__name__, list(new.values())
     if len(set(values)) == 1:
         what = "feed-forward width" if axis == "neurons" else "number of attention heads without changing their size"
-        if axis == "heads" and (others := _sayable(source, old)):
+        if axis != "neurons" and (others := _sayable(source, axis, old)):
             return (
                 f"the configuration of {architecture} cannot say {values[0]} of {min(old.values())} heads, only "
                 f"{', '.join(map(str, others))}; choose for {source.spec} a ratio that leaves one of these."
@@ -125,13 +138,16 @@ def _unsaid(source: Source, axis: Axis, old: Mapping[int, int], new: Mapping[int
     )
 
 
-def _sayable(source: Source, old: Mapping[int, int]) -> list[int]:
+def _sayable(source: Source, axis: Axis, old: Mapping[int, int]) -> list[int]:
     """How many heads, by shared keys and values, its configuration could say: some ask that they divide the hidden size."""
     found = []
-    for count in range(1, min(old.values())):
+    sets = max(group.sets for block in source.anatomy.blocks if (group := block.group(axis)))
+    for count in range(sets, min(old.values()), sets):
         new = dict.fromkeys(old, count)
-        wanted = _wanted_shapes(source, {"heads": new})
-        if any(_shapes(source, changed) == wanted for changed in _heads(raw_config(source), source, old, new, set())):
+        wanted = _wanted_shapes(source, {axis: new})
+        if any(
+            _shapes(source, changed) == wanted for changed in _heads(raw_config(source), source, {axis: new}, set())
+        ):
             found.append(count)
     return found
 
@@ -147,28 +163,28 @@ def _widths(
         yield changed
 
 
-def _heads(
-    raw: Mapping[str, Any], source: Source, old: Mapping[int, int], new: Mapping[int, int], overridden: Set[str]
-) -> Iterator[dict[str, Any]]:
-    """Configurations that may say these numbers of heads, in units of those that share keys and values: the entries that say
-    how many heads and how many of keys and values there are, with the size of a head held fast.
+def _heads(raw: Mapping[str, Any], source: Source, new: Sizes, overridden: Set[str]) -> Iterator[dict[str, Any]]:
+    """Configurations that may say these numbers of heads: the entries for heads and for keys and values, with the size of a
+    head held fast.
     """
-    if len(set(new.values())) != 1:
+    found = {
+        (block.attention.heads, block.attention.kv_heads, block.attention.head_dim, *_single_heads(block, new))
+        for block in source.anatomy.blocks
+        if block.attention and (block.attention.group or block.attention.queries)
+    }
+    if len(found) != 1:
         return
-    attention = next(block.attention for block in source.anatomy.blocks if block.attention and block.attention.group)
-    assert attention.group is not None, "there are heads to count"
-    count, kept = attention.group.count, next(iter(new.values()))
+    [(old, old_kv, width, wanted, wanted_kv)] = found
     entries = {key: value for key, value in source.config.to_dict().items() if type(value) is int}
-    heads = [key for key, value in entries.items() if value == attention.heads or key in overridden]
-    kv = [key for key, value in entries.items() if value == attention.kv_heads or key in overridden]
-    size = [key for key, value in entries.items() if value == attention.head_dim]
+    heads = [key for key, value in entries.items() if value == old or key in overridden]
+    kv = [key for key, value in entries.items() if value == old_kv or key in overridden]
+    size = [key for key, value in entries.items() if value == width]
     # the usual name, which many architectures heed though their configuration does not list it
     for fixed in dict.fromkeys([None, *size, "head_dim"]):
         for head, shared in product(heads, [None, *kv]):
             if head not in (fixed, shared) and (fixed != shared or fixed is None):
-                changed = {**deepcopy(dict(raw)), head: kept * attention.heads // count}
-                changed |= {fixed: attention.head_dim} if fixed else {}
-                yield changed | ({shared: kept * attention.kv_heads // count} if shared else {})
+                changed = {**deepcopy(dict(raw)), head: wanted, **({fixed: width} if fixed else {})}
+                yield changed | ({shared: wanted_kv} if shared else {})
 
 
 def raw_config(source: Source) -> dict[str, Any]:

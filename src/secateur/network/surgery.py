@@ -27,12 +27,16 @@ def cut_tensors(
 
     Raises RunError when a new weight is not finite in that dtype.
     """
-    kept: dict[str, tuple[int, list[Tensor]]] = {}
-    for part in group.slices:
-        kept.setdefault(part.parameter, (part.dim, []))[1].append(part.indices(cut.kept))
-    # sorted, because a fused tensor may hold its parts in another order than the anatomy names them
+    units = torch.ones(group.count, dtype=torch.bool)
+    units[cut.kept.cpu()] = False
+    gone = units.nonzero().flatten()
+    stays: dict[str, tuple[int, Tensor]] = {}
+    for part in group.slices:  # a fused tensor may hold several, and what is no unit's
+        everything = torch.ones(tensors[part.parameter].shape[part.dim], dtype=torch.bool)
+        stays.setdefault(part.parameter, (part.dim, everything))[1][part.indices(gone)] = False
     changed = {
-        name: tensors[name].index_select(dim, torch.cat(indices).sort().values) for name, (dim, indices) in kept.items()
+        name: tensors[name].index_select(dim, mask.nonzero().flatten().to(tensors[name].device))
+        for name, (dim, mask) in stays.items()
     }
     output = group.output
     if cut.output is not None:

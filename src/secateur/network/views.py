@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from secateur.network.anatomy import AXES, Axis, FeedForward, Group, Slice
@@ -42,11 +43,13 @@ class Units:
         group: where the units lie.
         keep: how many are to stay; None where the method decides.
 
-    count: how many there are. width: columns of the output matrix, and inputs of it, that each of them has.
+    count: how many there are. width: columns of the output matrix, and inputs of it, that each of them has. sets: they lie
+    in so many equal runs, of which each keeps as many.
     """
 
     def __init__(self, source: Source, block: int, group: Group, keep: int | None = None, device: str = "cpu") -> None:
         self.block, self.axis, self.count, self.width = block, group.axis, group.count, group.output.width
+        self.sets = group.sets
         self.hidden = source.anatomy.hidden
         self._keep = keep
         self._source, self._device, self._group = source, device, group
@@ -59,7 +62,7 @@ class Units:
     def head_dim(self) -> int:
         """Columns of one head; of a neuron 1."""
         attention = self._source.anatomy.blocks[self.block].attention
-        return attention.head_dim if self.axis == "heads" and attention else 1
+        return attention.head_dim if self.axis != "neurons" and attention else 1
 
     @property
     def keep(self) -> int:
@@ -93,8 +96,10 @@ class Units:
         return Slice("", 1, 0, self.width).indices(units)
 
     def best(self, scores: Tensor) -> Cut:
-        """Keeps the units with the highest of (count,) scores, among equals the first."""
-        return Cut(scores.argsort(descending=True, stable=True)[: self.keep].sort().values)
+        """Keeps the units with the highest of (count,) scores, among equals the first; as many of each set."""
+        size = self.count // self.sets
+        best = scores.view(self.sets, size).argsort(descending=True, stable=True)[:, : self.keep // self.sets]
+        return Cut((best + size * torch.arange(self.sets, device=best.device)[:, None]).flatten().sort().values)
 
     def _whole(self, parameter: str) -> Tensor:
         return self._source.parameter(parameter).to(self._device).float()

@@ -17,4 +17,4 @@ def random_units(units: Units, context: Context) -> Cut:
     """Keeps units drawn uniformly without replacement."""
     stream = "units" if units.axis == "neurons" else units.axis
     order = torch.randperm(units.count, generator=context.generator(stream, units.block))
-    return Cut(order[: units.keep].sort().values)
+    return units.best(-order.argsort().double())  # a unit's place in the order decides

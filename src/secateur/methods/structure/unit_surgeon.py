@@ -26,6 +26,7 @@ from secateur.tensor.elimination import eliminate_units
     claim="none: our own",
     when="after training",
     speedup="universal",
+    axes=("heads", "neurons"),
 )
 def unit_surgeon(
     units: Units,

@@ -24,6 +24,7 @@ from secateur.calibration.statistics import (
 )
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.calibration.token_counts import TokenCounts
+from secateur.calibration.unit_gradients import UnitGradients
 from secateur.context import Context
 from secateur.network.anatomy import Axis
 from secateur.network.blocks import Blocks, Kept
@@ -170,6 +171,13 @@ NEEDS: dict[type, Need] = {
     ),
     Gradients: Need(
         "any", (), "squared gradients of the loss (the whole model in memory)", f"{_TEXT}, gradients", beside=(Weight,)
+    ),
+    UnitGradients: Need(
+        "any",
+        (),
+        "Taylor terms of the loss for each unit (the whole model in memory)",
+        f"{_TEXT}, gradients",
+        beside=(Units,),
     ),
     SyntheticGram: Need(
         "any",

@@ -72,8 +72,8 @@ def dry_run(
     rest = (time.time() - begun) * 3 * source.bytes / max(size, 1)
     said["seconds"] = method + rest
     beside = "the reload check and measuring"
-    weights = step.registered.scope == "weight"
-    if (weights and Solver.of(step.registered, step.parameters).gradients) or BlockGradients in _asked(step):
+    solved = step.registered.scope in ("weight", "units")
+    if (solved and Solver.of(step.registered, step.parameters).gradients) or BlockGradients in _asked(step):
         beside = f"gradients, {beside}"
     if step.calibrated and plan.calibration.data == SELF:
         beside = f"the writing of the calibration text, {beside}"
@@ -269,9 +269,14 @@ def _unit_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, i
     if SyntheticGram in solver.needs:
         layers = [block.feed_forward for block in source.anatomy.blocks if block.feed_forward]
         disk += sum(SyntheticGram.bytes(layer.units) for layer in layers)
-    if not solver.statistics:
-        return disk, 0
-    more, memory = _pass_needs(source, solver, wishes, targets)
-    if wishes.data == SELF:
+    more = memory = 0
+    if solver.statistics:
+        more, memory = _pass_needs(source, solver, wishes, targets)
+    if solver.gradients:
+        groups = [group for block in source.anatomy.blocks for axis in asked_axes(step) if (group := block.group(axis))]
+        names = {part.parameter for group in groups for part in group.slices}
+        coupled = sum(source.skeleton.get_parameter(name).numel() for name in names)
+        memory = max(memory, 4 * source.anatomy.parameters + 8 * coupled)
+    if solver.calibrated and wishes.data == SELF:
         memory = max(memory, 4 * source.anatomy.parameters)
     return disk + more, memory

@@ -33,6 +33,7 @@ from secateur.calibration.statistics import (
 )
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.calibration.token_counts import TokenCounts
+from secateur.calibration.unit_gradients import UnitGradients
 from secateur.context import Context
 from secateur.contract import COMMON, NEEDS, Kind, MaskFrom, Ratio, UnitsFrom
 from secateur.errors import RequestError, suggest
@@ -69,6 +70,7 @@ __all__ = [
     "Ratio",
     "SyntheticGram",
     "TokenCounts",
+    "UnitGradients",
     "Units",
     "UnitsFrom",
     "Update",

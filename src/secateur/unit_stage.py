@@ -14,9 +14,15 @@ from torch import Tensor, nn
 
 from secateur.block_stage import BlockStage, Loaded, errors
 from secateur.calibration.passes import Rows
-from secateur.calibration.samples import Calibration, kept_samples
+from secateur.calibration.samples import Calibration, Samples, kept_samples
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
+from secateur.calibration.unit_gradients import (
+    UnitGradients,
+    learn_unit_gradients,
+    pretend_unit_gradients,
+    read_unit_gradients,
+)
 from secateur.context import Context, barrier, processes
 from secateur.cuts import Cuts
 from secateur.errors import RequestError, RunError
@@ -202,6 +208,11 @@ class UnitStage(_CutsUnits, BlockStage):
     def seconds(self) -> float:
         begun = time.time()
         self._collect()
+        if self.solver.gradients:
+            # what they are does not matter here; nothing is known of how long they take
+            first = 0 if self.solver.statistics else min(self.refs)
+            groups = [group for axis in asked_axes(self.step) if (group := self.source.anatomy.blocks[first].group(axis))]
+            pretend_unit_gradients(self.state / "gradients", first, groups)
         return time.time() - begun + super().seconds()
 
     def decided(self) -> dict[str, Any]:
@@ -221,6 +232,11 @@ class UnitStage(_CutsUnits, BlockStage):
             self.settled.update(entry.get("settled", {}))
         self.notes.update(errors(self.settled))
 
+    def _learn(self, samples: Samples) -> None:
+        if self.solver.gradients:
+            folder, axes = self.state / "gradients", asked_axes(self.step)
+            learn_unit_gradients(self.source, samples, axes, folder, self.device, self.progress)
+
     def _beside(self, block: Block) -> set[str]:
         groups = (block.group(axis) for axis in asked_axes(self.step))
         return {group.output_bias for group in groups if group and group.output_bias}
@@ -234,6 +250,8 @@ class UnitStage(_CutsUnits, BlockStage):
         given: dict[type, Any] = {Units: units, Context: context}
         if SyntheticGram in self.solver.needs:
             given[SyntheticGram] = SyntheticGram.read(self._gram(ref.block))
+        if self.solver.gradients:
+            given[UnitGradients] = read_unit_gradients(self.state / "gradients", ref.block, group)
         if self.solver.statistics and not seen.tokens:
             raise RunError(f"{units.name}: no calibration token reached it, so nothing is known of its units.")
         cut: Cut = self.solver.ask(given, seen, units.name)

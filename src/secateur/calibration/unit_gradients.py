@@ -138,7 +138,11 @@ def learn_unit_gradients(
 
 @torch.no_grad()
 def _terms(
-    group: Group, weights: Mapping[str, Parameter], sums: Mapping[str, Tensor], squares: Mapping[str, Tensor], count: int
+    group: Group,
+    weights: Mapping[str, Parameter],
+    sums: Mapping[str, Tensor],
+    squares: Mapping[str, Tensor],
+    count: int,
 ) -> list[TensorTerms]:
     return [
         TensorTerms.of(

@@ -7,7 +7,7 @@ mean over sequences of its square. One backward pass for each sequence gives bot
 `calibration: {samples: 10, length: 64}`.
 
 The published README names the mixed salience as its default, the code the first-order one, which is ours too. Its recipe of
-20 % removes a quarter of layers 4 to 29 of 32 and spares the others: `ratios` says that here, with a 0 for each spared block.
+20 % removes a quarter of layers 4 to 29 of 32 and spares the others: `ratios` says that here, with 0 for spared blocks.
 
 What differs: a unit of attention is what shares keys and values, with all its queries, so no score is folded over key-value
 groups (the code's folding mixes queries of different groups). g is the mean over sequences of each one's gradient, which for
@@ -41,8 +41,8 @@ def llm_pruner(
 
     Args:
         element: the salience of one weight: first order w·g, second order w²·F, or mixed w·g − ½ w²·F.
-        score: param sums the absolute saliences of a row or column; vectorize takes the absolute value of their sum, which is
-            what removing the whole row changes. Rows and columns of one head or unit are added.
+        score: param sums the absolute saliences of a row or column; vectorize takes the absolute value of their sum, which
+            is what removing the whole row changes. Rows and columns of one head or unit are added.
         group: how the scores of coupled tensors are combined; first takes the gate or the queries alone, and prod leaves out
             tensors that are zero throughout, such as biases that were never trained.
     """
@@ -52,5 +52,6 @@ def llm_pruner(
         scores = scores[(scores != 0).any(1)]
         # by logarithms, because products of five small numbers leave the range in which they differ
         return units.best(scores.log().sum(0))
-    combine = {"sum": scores.sum, "mean": scores.mean, "first": lambda dim: scores[dim], "max": scores.amax}[group]
-    return units.best(combine(0))
+    if group == "first":
+        return units.best(scores[0])
+    return units.best(scores.amax(0) if group == "max" else scores.mean(0) if group == "mean" else scores.sum(0))

@@ -23,7 +23,7 @@ def draw_pair(prior: Tensor, top: float, lacking: int, generator: torch.Generato
     Returns: (2, c) bool, whether a candidate is present.
     """
     present = torch.ones(len(prior), dtype=torch.bool)
-    if not lacking:
+    if not lacking:  # which may be because there are no candidates
         return torch.stack([present, ~present])
     weights = (top - prior).double().clamp(min=0)
     # a candidate at the top, or all alike: drawn too, where nothing else is left

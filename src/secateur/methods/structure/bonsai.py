@@ -7,14 +7,16 @@ candidate a weight θ, and those with the lowest go, until a round has removed i
 and memory is that of inference: the model as it is stored, units silenced in passing.
 
 The paper takes 200 sub-models for each round of 5 %, a prior of 32 sequences, and removes units wherever θ is lowest
-(uniform=false). Defaults here are for a laptop. From its code: a mask lacks int(p n) + 1 units of n, and candidates are those
-and as many again for the complement; the probability to be lacking falls with the prior; scores are negative perplexities on
-one set of sequences in a round.
+(uniform=false). Defaults here are for a laptop. From its code: a mask lacks int(p n) + 1 units of n, and candidates are
+those and as many again for the complement; the probability to be lacking falls with the prior; scores are negative
+perplexities on one set of sequences in a round.
 
 OURS: with uniform, every block loses the same number, so that any library loads the result, and θ orders the units within
 each block; the penalised regression is solved exactly or by FISTA where the code takes fifty epochs of Adam, and its
-penalties are chosen, as there, by Kendall's τ on held-out sub-models in five folds; equal θ are ordered by the prior; a unit
-of attention is what shares keys and values.
+penalties are chosen, as there, by Kendall's τ on held-out sub-models in five folds, but of whole pairs, because a complement
+tells the other's score; equal θ are ordered by the prior; a unit of attention is what shares keys and values. Where every
+mask lacks the same number in a module, no regression can tell how much the module as a whole matters, and its weights say
+only which of its units matter more: so, where blocks may differ, `vary` draws that number for each mask.
 """
 
 from dataclasses import dataclass, field
@@ -38,12 +40,15 @@ SETTINGS = tuple(product((1.0, 0.1, 0.01, 0.001), (0.0, 0.01, 0.1)))  # ridge an
 
 
 class _Wishes(NamedTuple):
-    """Of a round: how many pairs of sub-models, sequences of each, sequences of the prior, what is scored."""
+    """Of a round: how many pairs of sub-models, sequences of each, sequences of the prior, what is scored, and whether masks
+    lack different numbers.
+    """
 
     pairs: int
     sequences: int
     prior_sequences: int
     metric: str
+    vary: bool
 
 
 @dataclass
@@ -65,8 +70,11 @@ class _Module:
     prior: Tensor
     found: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
-    def pair(self, lacking: int, generator: torch.Generator) -> Tensor:
+    def pair(self, lacking: int, vary: bool, generator: torch.Generator) -> Tensor:
         """(2, c) a pair of sub-models, by candidates that they have."""
+        if vary:
+            fewest = max(len(self.found) - self.left + 1, 0)  # both have a unit left
+            lacking = int(torch.randint(fewest, len(self.found) - fewest + 1, (), generator=generator))
         return draw_pair(self.prior[self.found], float(self.prior[self.alive].max()), lacking, generator)
 
     @property
@@ -94,6 +102,7 @@ def bonsai(
     ratio: Ratio = 0.2,
     axis: Axes = ["neurons"],  # noqa: B006 (a schema's default, never changed)
     uniform: bool = True,
+    vary: bool = True,
     per_round: Annotated[float, Field(gt=0, le=1)] = 0.05,
     submodels: Annotated[int, Field(ge=4)] = 40,
     sequences: Annotated[int, Field(ge=1)] = 2,
@@ -108,6 +117,7 @@ def bonsai(
         axis: which units: neurons, or heads that share keys and values, or a list of both.
         uniform: every block loses the same number of units; otherwise they go wherever they are missed least, and blocks
             differ.
+        vary: where uniform is false, a mask lacks any number of a module's candidates; otherwise half of them, as published.
         per_round: fraction removed in each round.
         submodels: tried in each round, rounded up to pairs of complements; 200 in the paper.
         sequences: calibration sequences that a sub-model reads, drawn anew for each round.
@@ -125,7 +135,7 @@ def bonsai(
     whole = sum(each.units.count * each.units.size for each in modules)
     share = max((ratio if each.goes is None else each.goes / each.units.count for each in modules), default=0.0)
     rounds = ceil(share / per_round - 1e-9)
-    wishes = _Wishes(-(-submodels // 2), sequences, prior_sequences, metric)
+    wishes = _Wishes(-(-submodels // 2), sequences, prior_sequences, metric, vary and not uniform)
     search = _Search(modules, evaluator, context, wishes)
     search.restore()
     with context.progress("trying sub-models", rounds * 2 * wishes.pairs) as bar:
@@ -202,7 +212,9 @@ class _Search:
 
         def pair(index: int) -> Tensor:
             drawn = context.generator("masks", number, index)
-            return torch.cat([each.pair(count, drawn) for each, count in zip(modules, lacking, strict=True)], dim=1)
+            return torch.cat(
+                [each.pair(count, wishes.vary, drawn) for each, count in zip(modules, lacking, strict=True)], dim=1
+            )
 
         def loss(present: Tensor) -> float:
             parts = zip(modules, present.split([len(each.found) for each in modules]), strict=True)
@@ -223,8 +235,9 @@ class _Search:
     def _fit(self, number: int, masks: Tensor) -> tuple[Tensor, dict[str, Any]]:
         losses = torch.tensor(self.losses, dtype=torch.float64)
         targets = -losses.exp() if self.wishes.metric == "perplexity" else -losses
-        shuffled = torch.randperm(len(masks), generator=self.context.generator("folds", number))
-        folds = shuffled.tensor_split(min(FOLDS, len(masks) // 2))
+        # by pairs: a complement says nearly what the other scores, so its score would give the held-out one away
+        shuffled = torch.randperm(self.wishes.pairs, generator=self.context.generator("folds", number))
+        folds = [torch.cat([2 * fold, 2 * fold + 1]) for fold in shuffled.tensor_split(min(FOLDS, self.wishes.pairs))]
         (ridge, lasso), tau = best_setting(masks, targets, SETTINGS, folds)
         said = {"tau": tau, "ridge": ridge, "lasso": lasso, "mean loss": float(losses.mean())}
         return elastic_net(masks, targets, ridge, lasso)[0], said

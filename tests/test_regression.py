@@ -81,6 +81,7 @@ def test_two_sub_models_have_every_candidate_once() -> None:
         assert pair.sum(1).tolist() == [3, 1] and pair.sum(0).tolist() == [1] * 4
         assert torch.equal(pair, draw_pair(prior[found], 9.0, 1, torch.Generator().manual_seed(seed)))
     assert draw_pair(torch.empty(0), 0.0, 0, torch.Generator()).shape == (2, 0)
+    assert draw_pair(torch.ones(3), 1.0, 0, torch.Generator()).sum(1).tolist() == [3, 0], "none is lacking, and all"
     assert draw_pair(torch.ones(2), 1.0, 2, torch.Generator()).sum(1).tolist() == [0, 2], "all alike"
 
 

@@ -1,7 +1,9 @@
 """Bonsai: units silenced in passing, rounds of sub-models, what is planted is found, nothing is tried twice."""
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,36 @@ def test_nothing_is_tried_twice_after_an_interruption(tmp_path: Path) -> None:
     assert {key: cut.kept.tolist() for key, cut in whole.cuts.items()} == {
         key: cut.kept.tolist() for key, cut in parts.cuts.items()
     }
+
+
+class Shared(Context):
+    """One of two processes, in a thread."""
+
+    def __init__(self, rank: int, told: dict[int, dict[int, Any]], met: threading.Barrier) -> None:
+        super().__init__()
+        self.rank, self.world, self._told, self._met = rank, 2, told, met
+
+    def gather(self, results: Mapping[int, Any]) -> dict[int, Any]:
+        self._told[self.rank] = dict(results)
+        self._met.wait(60)
+        together = dict(sorted((self._told[0] | self._told[1]).items()))
+        self._met.wait(60)  # both have read
+        return together
+
+
+def test_two_processes_try_each_sub_model_once_and_agree_with_one() -> None:
+    given: dict[str, Any] = {"ratio": 0.2, "per_round": 0.1, "submodels": 6, "multiple_of": 1, "uniform": False}
+    told: dict[int, dict[int, Any]] = {}
+    met, members = threading.Barrier(2), [planted() for _ in range(2)]
+    contexts = [Shared(rank, told, met) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        plans = list(pool.map(lambda each: bonsai(*each[0], each[1], **given), zip(members, contexts, strict=True)))
+    assert [evaluator.asked for _, evaluator in members] == [6, 6], "half of two rounds of six each"
+    alone = bonsai(*planted(), Context(), **given)
+    for plan in plans:
+        assert {k: cut.kept.tolist() for k, cut in plan.cuts.items()} == {
+            k: cut.kept.tolist() for k, cut in alone.cuts.items()
+        }
 
 
 @pytest.fixture

@@ -29,7 +29,11 @@ NO_HEADS = (
 )  # fmt: skip
 # Small enough for seconds, large enough that a kill finds a method half way;
 # the metric whose engine has most to go on with.
-QUICK = {"prunenet": {"episodes": 3}, "layer_drop": {"metric": "perplexity"}}
+QUICK = {
+    "prunenet": {"episodes": 3},
+    "layer_drop": {"metric": "perplexity"},
+    "bonsai": {"submodels": 4, "sequences": 1, "prior_sequences": 1, "per_round": 0.1},
+}
 WIDTH = 128  # of 160, at ratio 0.2, a multiple of 32
 SPARSITY = 0.37  # no whole number of weights in any row
 
@@ -71,7 +75,7 @@ SPARED = {"dense_refit": {"targets": ["attention"]}}
 def _recipe(method: str, name: str, ids: Path) -> secateur.Recipe:
     parameters: dict = {"ratio": 0.2} if _cuts(method) or _drops(method) else {"pattern": SPARSITY}
     parameters = {} if _renumbers(method) else parameters
-    if methods()[method].scope == "units":
+    if "axis" in methods()[method].schema.model_fields:
         parameters["axis"] = _axes(method, name)
     spared = SPARED.get(method, {}) if name in MIXTURES else {}
     step = {method: {**parameters, **QUICK.get(method, {}), **spared}}

@@ -51,9 +51,11 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
         planned = planned_sizes(source, step, present)
         sizes |= planned or {}
         if saved:
-            # without a plan any narrower width shows whether the configuration can say it
+            # without a plan any narrower width shows whether the configuration can say it, or a single block's
+            uniform = step.parameters.get("uniform", True)
             narrower: Sizes = {
-                axis: {index: max(1, units - 1) for index, units in widths.items()} for axis, widths in present.items()
+                axis: {i: max(1, units - 1) if uniform or i == min(widths) else units for i, units in widths.items()}
+                for axis, widths in present.items()
             }
             resized_config(
                 source, {axis: _for_all(source, units) for axis, units in (sizes | (planned or narrower)).items()}

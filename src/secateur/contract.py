@@ -3,7 +3,8 @@
 A new statistic or scope is one line in `NEEDS` and its provider in an engine. What all methods of a scope take stands in
 `COMMON`; the method gets what follows from it. A method that plans a whole network takes `ratio`, `ratios` and `multiple_of`
 itself, in the same sense: from them the engine foretells widths for a dry run, and refuses an impossible one before anything
-is read. One that cuts by other rules gives its parameters other names.
+is read. One that cuts by other rules gives its parameters other names. `axis` says there too which units are cut, and
+`uniform: false` that blocks are to differ as the method finds, so that no width is foretold.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.statistics import (
@@ -24,6 +26,7 @@ from secateur.calibration.statistics import (
 )
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.calibration.token_counts import TokenCounts
+from secateur.calibration.unit_gradients import UnitGradients
 from secateur.context import Context
 from secateur.network.anatomy import Axis
 from secateur.network.blocks import Blocks, Kept
@@ -71,16 +74,17 @@ UnitsFrom = Annotated[Any, "units", BeforeValidator(_other("units"))]
 
 _PatternText = Annotated[str, BeforeValidator(lambda value: str(Pattern.parse(value)))]
 _Targets = Annotated[list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-_Axes = Annotated[
+Axes = Annotated[
     list[Axis], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
+"""Kinds of units, one or a list."""
 
 # Parameters that the engine adds to every method of a scope, and decides by: {scope: {name: (type, default, help)}}.
 COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
     "units": {
         "ratio": (Ratio, 0.2, "fraction of the units removed in every block, 0 ≤ ratio < 1"),
         "axis": (
-            _Axes,
+            Axes,
             ["neurons"],
             "which units: neurons of the feed-forward layer, heads of attention (those that share keys and values go "
             "together), or queries (single query heads, as many of each that share keys and values), or a list of them",
@@ -170,6 +174,20 @@ NEEDS: dict[type, Need] = {
     ),
     Gradients: Need(
         "any", (), "squared gradients of the loss (the whole model in memory)", f"{_TEXT}, gradients", beside=(Weight,)
+    ),
+    Evaluator: Need(
+        "any",
+        (),
+        "the loss with any units silent (forward passes, the whole model in memory as it is stored)",
+        _TEXT,
+        beside=(Network,),
+    ),
+    UnitGradients: Need(
+        "any",
+        (),
+        "Taylor terms of the loss for each unit (the whole model in memory)",
+        f"{_TEXT}, gradients",
+        beside=(Units,),
     ),
     SyntheticGram: Need(
         "any",

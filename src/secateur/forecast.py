@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.propagation import ACTIVATION_BYTES
@@ -72,8 +73,8 @@ def dry_run(
     rest = (time.time() - begun) * 3 * source.bytes / max(size, 1)
     said["seconds"] = method + rest
     beside = "the reload check and measuring"
-    weights = step.registered.scope == "weight"
-    if (weights and Solver.of(step.registered, step.parameters).gradients) or BlockGradients in _asked(step):
+    solved = step.registered.scope in ("weight", "units")
+    if (solved and Solver.of(step.registered, step.parameters).gradients) or BlockGradients in _asked(step):
         beside = f"gradients, {beside}"
     if step.calibrated and plan.calibration.data == SELF:
         beside = f"the writing of the calibration text, {beside}"
@@ -145,6 +146,7 @@ def _needs(
     ]
     flows = [_flow_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "blocks"]
     flows += [_unit_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "units"]
+    flows += [_plan_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "network"]
     extra += between * (len(steps) - 1) + sum(each.disk for each in pruning)
     extra += sum(disk for disk, _ in flows)
     beside = max([each.memory for each in pruning] + [memory for _, memory in flows], default=0)
@@ -175,6 +177,23 @@ def _rows_removed(source: Source, plan: Recipe, device: str) -> int:
                 assert isinstance(stage, VocabularyStage), "the scope says so"
                 removed = max(removed, stage.removed())
     return removed
+
+
+def _plan_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, int]:
+    """Disk and memory that a step which plans a network needs for what it asks for."""
+    if not step.calibrated:
+        return 0, 0
+    length = min(wishes.length or LENGTH, _positions(source))
+    # the model as it is stored, a sequence's logits, and a few of its activations
+    memory = source.bytes or 4 * source.anatomy.parameters
+    memory += 4 * length * source.anatomy.vocabulary + 4 * ACTIVATION_BYTES if Evaluator in _asked(step) else 0
+    if wishes.data == SELF:
+        memory = max(memory, 4 * source.anatomy.parameters)
+    return 8 * length * (wishes.count + wishes.held_out_count), memory
+
+
+def _positions(source: Source) -> int:
+    return getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
 
 
 def _asked(step: Step) -> set[type]:
@@ -269,9 +288,14 @@ def _unit_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, i
     if SyntheticGram in solver.needs:
         layers = [block.feed_forward for block in source.anatomy.blocks if block.feed_forward]
         disk += sum(SyntheticGram.bytes(layer.units) for layer in layers)
-    if not solver.statistics:
-        return disk, 0
-    more, memory = _pass_needs(source, solver, wishes, targets)
-    if wishes.data == SELF:
+    more = memory = 0
+    if solver.statistics:
+        more, memory = _pass_needs(source, solver, wishes, targets)
+    if solver.gradients:
+        groups = [group for block in source.anatomy.blocks for axis in asked_axes(step) if (group := block.group(axis))]
+        names = {part.parameter for group in groups for part in group.slices}
+        coupled = sum(source.skeleton.get_parameter(name).numel() for name in names)
+        memory = max(memory, 4 * source.anatomy.parameters + 8 * coupled)
+    if solver.calibrated and wishes.data == SELF:
         memory = max(memory, 4 * source.anatomy.parameters)
     return disk + more, memory

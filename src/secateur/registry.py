@@ -20,6 +20,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import BeforeValidator
 
+from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.statistics import (
@@ -33,8 +34,9 @@ from secateur.calibration.statistics import (
 )
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.calibration.token_counts import TokenCounts
+from secateur.calibration.unit_gradients import UnitGradients
 from secateur.context import Context
-from secateur.contract import COMMON, NEEDS, Kind, MaskFrom, Ratio, UnitsFrom
+from secateur.contract import COMMON, NEEDS, Axes, Kind, MaskFrom, Ratio, UnitsFrom
 from secateur.errors import RequestError, suggest
 from secateur.network.anatomy import AXES, Axis
 from secateur.network.blocks import Blocks, Kept
@@ -44,12 +46,14 @@ from secateur.tensor.patterns import Budget
 
 __all__ = [
     "Allocation",
+    "Axes",
     "BlockGradients",
     "Blocks",
     "Budget",
     "Context",
     "CrossGram",
     "Cut",
+    "Evaluator",
     "Flow",
     "GatedNorms",
     "Gradients",
@@ -69,6 +73,7 @@ __all__ = [
     "Ratio",
     "SyntheticGram",
     "TokenCounts",
+    "UnitGradients",
     "Units",
     "UnitsFrom",
     "Update",

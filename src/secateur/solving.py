@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.statistics import INPUT_STATISTICS, Gradients, Statistics
+from secateur.calibration.unit_gradients import UnitGradients
 from secateur.context import Context
 from secateur.errors import RequestError, RunError
 from secateur.network.views import Mask, Update, Weight
@@ -52,7 +53,8 @@ class Solver:
 
     @property
     def gradients(self) -> bool:
-        return Gradients in self.method.needs.values() or any(other.gradients for other in self.others.values())
+        """Whether one of them asks for gradients of the loss."""
+        return bool({Gradients, UnitGradients} & self.needs)
 
     @property
     def calibrated(self) -> bool:

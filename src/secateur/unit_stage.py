@@ -13,11 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from secateur.block_stage import BlockStage, Loaded, errors
+from secateur.calibration.evaluator import Evaluator, Rehearsal
 from secateur.calibration.passes import Rows
-from secateur.calibration.samples import Calibration, kept_samples
+from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
-from secateur.context import Context, barrier, processes
+from secateur.calibration.unit_gradients import (
+    UnitGradients,
+    learn_unit_gradients,
+    pretend_unit_gradients,
+    read_unit_gradients,
+)
+from secateur.context import Context, barrier, give_back_memory, processes
 from secateur.cuts import Cuts
 from secateur.errors import RequestError, RunError
 from secateur.files import write_tensors, write_text
@@ -125,8 +132,13 @@ class PlanStage(_CutsUnits):
 
     def seconds(self) -> float:
         begun = time.time()
+        context = Context(self.seed, self.index)
+        if Evaluator in self.step.registered.needs.values():
+            rehearsal = self._rehearsal()
+            self._ask(context, statistics={Evaluator: rehearsal})
+            return time.time() - begun + rehearsal.seconds
         layers = [block.index for block in self.source.anatomy.blocks if block.feed_forward]
-        self._ask(Context(self.seed, self.index), layers[:1])
+        self._ask(context, layers[:1])
         return (time.time() - begun) * len(layers)
 
     def _prepare(self) -> None:
@@ -141,12 +153,17 @@ class PlanStage(_CutsUnits):
             return {}
 
         self._once("plan", decide)
+        give_back_memory()
 
-    def _ask(self, context: Context, blocks: Sequence[int] | None = None) -> Plan:
+    def _ask(
+        self, context: Context, blocks: Sequence[int] | None = None, statistics: Mapping[type, Any] | None = None
+    ) -> Plan:
         registered, parameters = self.step.registered, self.step.parameters
         network: Network[Units] = Network(self.source, self.device, blocks, asked_axes(self.step))
         given: dict[type, Any] = {Network: network, Context: context}
-        if self.step.calibrated:
+        if statistics is not None:
+            given |= statistics
+        elif self.step.calibrated:
             given |= self._statistics(context)
         asked = registered.asked(parameters)
         arguments = {name: given[need] if name in asked else None for name, need in registered.needs.items()}
@@ -162,7 +179,15 @@ class PlanStage(_CutsUnits):
         drawn = self._context("samples").generator("samples")
         samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress)
         context.note("calibration", samples.describe())
-        return {}
+        return {Evaluator: Evaluator(self.source, samples, asked_axes(self.step), self.device)}
+
+    def _rehearsal(self) -> Rehearsal:
+        """On drawn tokens, as many as the recipe wants."""
+        positions = getattr(self.source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+        length = min(self.calibration.length or LENGTH, positions)
+        drawn = self._context("tokens").generator()
+        ids = torch.randint(self.source.anatomy.vocabulary, (self.calibration.count, length), generator=drawn)
+        return Rehearsal(self.source, Samples(list(ids), [], "random"), asked_axes(self.step), self.device)
 
     def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any]:
         tensors = self.source.read(piece.keys)
@@ -202,6 +227,13 @@ class UnitStage(_CutsUnits, BlockStage):
     def seconds(self) -> float:
         begun = time.time()
         self._collect()
+        if self.solver.gradients:
+            # what they are does not matter here; nothing is known of how long they take
+            first = 0 if self.solver.statistics else min(self.refs)
+            groups = [
+                group for axis in asked_axes(self.step) if (group := self.source.anatomy.blocks[first].group(axis))
+            ]
+            pretend_unit_gradients(self.state / "gradients", first, groups)
         return time.time() - begun + super().seconds()
 
     def decided(self) -> dict[str, Any]:
@@ -221,6 +253,11 @@ class UnitStage(_CutsUnits, BlockStage):
             self.settled.update(entry.get("settled", {}))
         self.notes.update(errors(self.settled))
 
+    def _learn(self, samples: Samples) -> None:
+        if self.solver.gradients:
+            folder, axes = self.state / "gradients", asked_axes(self.step)
+            learn_unit_gradients(self.source, samples, axes, folder, self.device, self.progress)
+
     def _beside(self, block: Block) -> set[str]:
         groups = (block.group(axis) for axis in asked_axes(self.step))
         return {group.output_bias for group in groups if group and group.output_bias}
@@ -234,6 +271,8 @@ class UnitStage(_CutsUnits, BlockStage):
         given: dict[type, Any] = {Units: units, Context: context}
         if SyntheticGram in self.solver.needs:
             given[SyntheticGram] = SyntheticGram.read(self._gram(ref.block))
+        if self.solver.gradients:
+            given[UnitGradients] = read_unit_gradients(self.state / "gradients", ref.block, group)
         if self.solver.statistics and not seen.tokens:
             raise RunError(f"{units.name}: no calibration token reached it, so nothing is known of its units.")
         cut: Cut = self.solver.ask(given, seen, units.name)

@@ -80,13 +80,14 @@ def wanted_ratio(parameters: Mapping[str, Any]) -> float:
 
 
 def planned_sizes(source: Source, step: Step, present: Sizes | None = None) -> Sizes | None:
-    """Units kept of those `present`, from a step's `ratio`, `ratios` and `multiple_of`; None if it has none.
+    """Units kept of those `present`, from a step's `ratio`, `ratios` and `multiple_of`; None if it has none, or
+    is not uniform.
 
     Raises RequestError when a width cannot be.
     """
     present = present or present_sizes(source, step)
     parameters = step.parameters
-    if "ratio" not in parameters:
+    if "ratio" not in parameters or not parameters.get("uniform", True):
         return None
     planned: Sizes = {}
     for axis, units in present.items():

@@ -48,7 +48,7 @@ def learn_gradients(
     """
     marker = folder / "complete"
     if processes()[0] == 0 and not marker.exists():
-        model = _whole(source, device)
+        model = dense_model(source, device)
         names = {ref.parameter for block in refs.values() for ref in block}
         wanted = {name: parameter for name, parameter in model.named_parameters() if name in names}
         for parameter in model.parameters():
@@ -78,7 +78,7 @@ def learn_gradients(
     barrier()
 
 
-def _whole(source: Source, device: str) -> nn.Module:
+def dense_model(source: Source, device: str) -> nn.Module:
     """The dense model in float32, a copy of a live one."""
     model = deepcopy(source.live) if source.live is not None else None
     if model is None:
@@ -97,7 +97,7 @@ def learn_block_gradients(
     Raises RunError naming the block whose gradients are not finite.
     """
     if processes()[0] == 0 and not path.exists():
-        model = _whole(source, device)
+        model = dense_model(source, device)
         block_of = {name: block.index for block in source.anatomy.blocks for name in block.parameters}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in block_of and parameter.is_floating_point())

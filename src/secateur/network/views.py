@@ -70,6 +70,13 @@ class Units:
         return self._keep
 
     @property
+    def size(self) -> int:
+        """How many parameters go with one unit, in all tensors that are coupled to it."""
+        model = self._source.skeleton
+        sizes = ((model.get_parameter(part.parameter), part) for part in self._group.slices)
+        return sum(whole.numel() // whole.shape[part.dim] * part.width for whole, part in sizes)
+
+    @property
     def makers(self) -> list[Tensor]:
         """(count, n) for each matrix that makes the units: the rows of each unit, flattened; biases are left out."""
         model = self._source.skeleton

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from secateur.errors import RequestError
+from secateur.network.anatomy import Axis
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.source import Source
 from secateur.network.store import resized_config
@@ -54,15 +55,15 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
                 axis: {index: max(1, units - 1) for index, units in widths.items()} for axis, widths in present.items()
             }
             resized_config(
-                source, {axis: _for_all(source, units) for axis, units in (sizes | (planned or narrower)).items()}
+                source, {axis: _for_all(source, axis, units) for axis, units in (sizes | (planned or narrower)).items()}
             )
     return sizes
 
 
-def _for_all(source: Source, units: Mapping[int, int]) -> dict[int, int]:
+def _for_all(source: Source, axis: Axis, units: Mapping[int, int]) -> dict[int, int]:
     """What the last block has also for those behind it: an earlier step removes them, but they are still in this source."""
     last = units[max(units)]
-    return {block.index: units.get(block.index, last) for block in source.anatomy.blocks}
+    return {block.index: units.get(block.index, last) for block in source.anatomy.blocks if block.group(axis)}
 
 
 def _check_blocks(source: Source, step: Step, count: int) -> int:

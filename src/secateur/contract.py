@@ -82,8 +82,8 @@ COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
         "axis": (
             _Axes,
             ["neurons"],
-            "which units: neurons of the feed-forward layer, or heads of attention (those that share keys and values go "
-            "together), or a list of both",
+            "which units: neurons of the feed-forward layer, heads of attention (those that share keys and values go "
+            "together), experts of a mixture, or a list of them",
         ),
         "ratios": (list[Ratio] | None, None, "one ratio for each block, instead of `ratio`"),
         "multiple_of": (

@@ -36,7 +36,7 @@ from secateur.calibration.token_counts import TokenCounts
 from secateur.context import Context
 from secateur.contract import COMMON, NEEDS, Kind, MaskFrom, Ratio, UnitsFrom
 from secateur.errors import RequestError, suggest
-from secateur.network.anatomy import AXES, Axis
+from secateur.network.anatomy import COLUMN_AXES, Axis
 from secateur.network.blocks import Blocks, Kept
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Neurons, Plan, Units, Update, Weight
 from secateur.network.vocabulary import KeptTokens, Vocabulary
@@ -233,7 +233,7 @@ def method(
     when: Literal["before training", "during training", "after training", "at inference"],
     speedup: Literal["universal", "specific", "none"],
     learned: bool = False,
-    axes: tuple[Axis, ...] = AXES,
+    axes: tuple[Axis, ...] = COLUMN_AXES,
     only: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as a method. A signature that breaks the contract is a TypeError at import.

@@ -4,6 +4,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,11 +56,18 @@ class _CutsUnits(Stage):
         fetch = self.cuts.silenced()
         return lambda names: {name: self._cast(name, tensor).float() for name, tensor in fetch(names).items()}
 
+    def reference(self) -> AbstractContextManager[None]:
+        return self.cuts.unchosen()
+
     def apply(self, module: nn.Module) -> None:
         self._decide_all()
         cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
-        heads = any(axis == "heads" for _, axis in cuts)
-        wanted = self._outputs(self._silenced(module)) if heads else None
+        heads = any(axis != "neurons" for _, axis in cuts)  # modules keep numbers of them
+        wanted = None
+        if heads:
+            silenced = self._silenced(module)
+            with self.cuts.unchosen(silenced):
+                wanted = self._outputs(silenced)
         try:
             # so that a module whose widths its configuration can say may be saved
             raw = resized_config(self.source, self.cuts.sizes(), plain=True)
@@ -95,7 +103,7 @@ class _CutsUnits(Stage):
         return torch.cat([first.logits, second.logits], dim=1).float()
 
     def _compare(self, module: nn.Module, wanted: Tensor) -> None:
-        """Attention may keep the number of its heads where nobody sees it. Raises RequestError when it then errs."""
+        """Modules may keep the number of their heads or experts where nobody sees it. Raises RequestError when they then err."""
         try:
             found = self._outputs(module)
             same = bool((found - wanted).abs().max() <= 1e-3 * wanted.abs().max())
@@ -104,8 +112,8 @@ class _CutsUnits(Stage):
             same = False
         if not same:
             raise RequestError(
-                f"{type(module).__name__} does not compute with fewer attention heads as a live module; give its directory "
-                "and an output, or choose axis=neurons."
+                f"{type(module).__name__} does not compute with fewer {' or '.join(asked_axes(self.step))} as a live module; "
+                "give its directory and an output, or choose axis=neurons."
             )
 
     @abstractmethod
@@ -241,6 +249,8 @@ class UnitStage(_CutsUnits, BlockStage):
         if len(cut.kept) != units.keep:
             raise RunError(f"{self.step.method}, {units.name}: {len(cut.kept)} units were kept, not {units.keep}.")
         self._found.setdefault(ref.block, {})[axis] = cut
+        if axis == "experts":  # chosen by weights alone, so no tokens pass that they would have to be hidden from
+            return {"notes": context.notes} if context.notes else {}
         entry: dict[str, Any] = {"notes": context.notes} if context.notes else {}
         names = [name for name in (group.output.parameter, group.output_bias) if name]
         silenced = silence_tensors({name: loaded.base(name) for name in names}, group, cut)

@@ -86,7 +86,7 @@ def resized_config(source: Source, sizes: Sizes, plain: bool = False) -> dict[st
     uniform = all(len(set(widths.values())) <= 1 for widths in new.values())
     if not plain and not (uniform and plain_config(raw) == raw):
         return heterogeneous_config(source, raw, {block.index: _block_shape(block, new) for block in blocks})
-    axis = next((axis for axis in unsaid if new[axis] != old[axis]), AXES[-1])
+    axis = next((axis for axis in unsaid if new[axis] != old[axis]), "neurons")
     raise RequestError(_unsaid(source, axis, old[axis], new[axis]))
 
 
@@ -99,17 +99,22 @@ def _agree(
 def _block_shape(block: Block, sizes: Sizes) -> BlockShape:
     """What a block is to have, in single heads."""
     units, heads, kv_heads = sizes["neurons"].get(block.index), None, None
+    experts = sizes["experts"].get(block.index)
     if block.attention and block.attention.group:
         kept, of = sizes["heads"][block.index], block.attention.group.count
         heads, kv_heads = (kept * count // of for count in (block.attention.heads, block.attention.kv_heads))
-    return BlockShape(units=units, heads=heads, kv_heads=kv_heads)
+    return BlockShape(units=units, heads=heads, kv_heads=kv_heads, experts=experts)
 
 
 def _unsaid(source: Source, axis: Axis, old: Mapping[int, int], new: Mapping[int, int]) -> str:
     """Why these widths cannot be: a sentence."""
     architecture, values = type(source.skeleton).__name__, list(new.values())
     if len(set(values)) == 1:
-        what = "feed-forward width" if axis == "neurons" else "number of attention heads without changing their size"
+        what = {
+            "neurons": "feed-forward width",
+            "heads": "number of attention heads without changing their size",
+            "experts": "number of experts alone",
+        }[axis]
         if axis == "heads" and (others := _sayable(source, old)):
             return (
                 f"the configuration of {architecture} cannot say {values[0]} of {min(old.values())} heads, only "

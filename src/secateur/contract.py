@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
+from secateur.calibration.routing import Routing
 from secateur.calibration.statistics import (
     CrossGram,
     GatedNorms,
@@ -170,6 +171,13 @@ NEEDS: dict[type, Need] = {
     ),
     Gradients: Need(
         "any", (), "squared gradients of the loss (the whole model in memory)", f"{_TEXT}, gradients", beside=(Weight,)
+    ),
+    Routing: Need(
+        "any",
+        (),
+        "which tokens go to which experts, with what gates, and how large what they give is",
+        _TEXT,
+        beside=(Network,),
     ),
     SyntheticGram: Need(
         "any",

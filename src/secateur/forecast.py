@@ -13,6 +13,7 @@ import torch
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.propagation import ACTIVATION_BYTES
+from secateur.calibration.routing import Routing
 from secateur.calibration.samples import LENGTH, SELF, Calibration
 from secateur.calibration.statistics import CrossGram
 from secateur.calibration.synthetic import SyntheticGram
@@ -143,7 +144,8 @@ def _needs(
     pruning = [
         _Pruning.of_step(original, step, plan.calibration) for step in steps if step.registered.scope == "weight"
     ]
-    flows = [_flow_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "blocks"]
+    passing = [step for step in steps if step.registered.scope in ("blocks", "network")]
+    flows = [_flow_needs(original, step, plan.calibration) for step in passing]
     flows += [_unit_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "units"]
     extra += between * (len(steps) - 1) + sum(each.disk for each in pruning)
     extra += sum(disk for disk, _ in flows)
@@ -182,14 +184,14 @@ def _asked(step: Step) -> set[type]:
 
 
 def _flow_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, int]:
-    """Disk and memory, beside a block's weights, that a step which removes blocks needs for what it asks for."""
+    """Disk and memory, beside a block's weights, that a step which sees the whole network needs for what it asks for."""
     asked, network = _asked(step), source.anatomy
     if not step.calibrated:
         return 0, 0
     positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, positions)
     disk = memory = 0
-    if asked & {Flow, LossWithout}:
+    if asked & {Flow, LossWithout, Routing}:
         copies = len(network.blocks) + 1 if LossWithout in asked else 1
         # those that a block reads and those that it writes
         disk = 2 * copies * tokens * network.hidden * getattr(torch, wishes.dtype).itemsize

@@ -22,6 +22,7 @@ from pydantic import BeforeValidator
 
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
+from secateur.calibration.routing import Routing
 from secateur.calibration.statistics import (
     INPUT_STATISTICS,
     CrossGram,
@@ -67,6 +68,7 @@ __all__ = [
     "Neurons",
     "Plan",
     "Ratio",
+    "Routing",
     "SyntheticGram",
     "TokenCounts",
     "Units",

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from secateur.block_stage import BlockStage, Loaded, errors
 from secateur.calibration.passes import Rows
-from secateur.calibration.samples import Calibration, kept_samples
+from secateur.calibration.routing import Routing, RoutingPass
+from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
 from secateur.context import Context, barrier, processes
@@ -133,6 +134,15 @@ class PlanStage(_CutsUnits):
 
     def seconds(self) -> float:
         begun = time.time()
+        if Routing in self._asked:  # choosing by it takes no time
+            positions = getattr(self.source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+            shape = (self.calibration.count, min(self.calibration.length or LENGTH, positions))
+            ids = torch.randint(self.source.anatomy.vocabulary, shape, generator=self._context("tokens").generator())
+            batches = self._routing(Samples(list(ids), [], "random")).batches
+            first = next(block.index for block in self.source.anatomy.blocks if block.experts)
+            begun = time.time()
+            self._routing(Samples(list(batches[0].ids), [], "random")).run(blocks=range(first + 1))
+            return (time.time() - begun) / (first + 1) * len(batches) * len(self.source.anatomy.blocks)
         layers = [block.index for block in self.source.anatomy.blocks if block.feed_forward]
         self._ask(Context(self.seed, self.index), layers[:1])
         return (time.time() - begun) * len(layers)
@@ -170,7 +180,19 @@ class PlanStage(_CutsUnits):
         drawn = self._context("samples").generator("samples")
         samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress)
         context.note("calibration", samples.describe())
-        return {}
+        found: dict[type, Any] = {}
+        if Routing in self._asked:
+            tokens = self._routing(samples)
+            tokens.run(self.progress)
+            found[Routing] = tokens.routing()
+        return found
+
+    @property
+    def _asked(self) -> set[type]:
+        return set(self.step.registered.asked(self.step.parameters).values())
+
+    def _routing(self, samples: Samples) -> RoutingPass:
+        return RoutingPass(self.source, samples, self.state, getattr(torch, self.calibration.dtype), self.device)
 
     def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any]:
         tensors = self.source.read(piece.keys)

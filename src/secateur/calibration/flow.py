@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,6 @@ class FlowPass:
     def _block(self, index: int) -> None:
         """Passes everything through one block and notes what the dense hidden states become."""
         seen: dict[int, list[float]] = {}
-        module = self._tokens.module(index)
         onward = self._losses or index + 1 < self._count
 
         def fetch(name: str) -> Tensor:
@@ -158,11 +157,15 @@ class FlowPass:
             if self._losses:
                 self._without(index).take(index + 1, self._tokens, index)
             self._tokens.run(
-                index, around=lambda batch: _watched(module, batch, self._tokens.width, seen), write=onward
+                index, around=lambda batch: self._watch(index, batch, seen), write=onward
             )
         self._note(index, seen)
         for tokens in (self._tokens, *(self._without(lacking) for lacking in range(index) if self._losses)):
             tokens.forget(index)
+
+    def _watch(self, index: int, batch: Batch, seen: dict[int, list[float]]) -> AbstractContextManager[None]:
+        """What a batch runs inside of on its way through a block, for what is noted of it."""
+        return _watched(self._tokens.module(index), batch, self._tokens.width, seen)
 
     def _end(self) -> None:
         """The loss of what has come through all blocks, without each of them and with all."""

@@ -18,8 +18,10 @@ from secateur.calibration.samples import LENGTH, SELF, Calibration
 from secateur.calibration.statistics import CrossGram
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
+from secateur.network.blocks import lacking
 from secateur.network.depth import blocks_to_remove
 from secateur.network.matrices import MatrixRef
+from secateur.network.modelling_file import BLOCK, part_parameters
 from secateur.network.source import Source, conversion_dtype
 from secateur.network.store import stored_dtype
 from secateur.network.stream import pieces
@@ -107,13 +109,22 @@ def _needs(
 
     count = left = len(original.anatomy.blocks)
     for step in steps:
-        if step.registered.scope == "blocks":
+        if step.registered.scope == "blocks" and step.parameters["part"] == BLOCK:
             left -= blocks_to_remove(step.method, step.parameters, left)
     # which blocks go is not known yet; counted are the last, which mostly are like all others
     gone = [block for block in original.anatomy.blocks if block.index >= left]
     removed: dict[str, int] = {
         name: original.skeleton.get_parameter(name).numel() for block in gone for name in block.parameters
     }
+    parts: list[dict[str, Any]] = []
+    for step in steps:
+        if step.registered.scope == "blocks" and (part := step.parameters["part"]) != BLOCK:
+            without = lacking(original, part)
+            having = [block for block in original.anatomy.blocks[:left] if block.index not in without]
+            fewer = blocks_to_remove(step.method, step.parameters, left, without)
+            names = [name for block in having[len(having) - fewer :] for name in part_parameters(block, part)]
+            removed |= {name: original.skeleton.get_parameter(name).numel() for name in names}
+            parts.append({"part": part, "kept": len(having) - fewer, "of": len(having)})
     if rows:
         again = {name for group in original.anatomy.tied for name in group[1:]}
         dims = token_rows(original).dims
@@ -154,6 +165,7 @@ def _needs(
         "parameters": total,
         "parameters_after": total - sum(removed.values()),
         "blocks": {"kept": left, "of": count} if left < count else None,
+        "parts": parts,
         "vocabulary": {"kept": original.anatomy.vocabulary - rows, "of": original.anatomy.vocabulary} if rows else None,
         "units": {
             axis: {str(block): {"kept": kept, "of": group.count} for block, (kept, group) in units.items()}

@@ -34,6 +34,10 @@ def kept(output: Path) -> dict[int, Tensor]:
     return {int(name.split()[1].rstrip(",")): units for name, units in found.items() if name.endswith("experts")}
 
 
+def stored(directory: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
 def loaded(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=True).eval()
 
@@ -60,7 +64,9 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen3_moe_mixed", marks=pytest.mark.every), "olmoe"])
-def test_it_computes_what_a_router_without_them_does(name: str, model: Make, clean: CleanProcess, tmp_path: Path) -> None:
+def test_it_computes_what_a_router_without_them_does(
+    name: str, model: Make, clean: CleanProcess, tmp_path: Path
+) -> None:
     cut(model(name), tmp_path / "cut")
     dense, result = loaded(model(name)), loaded(tmp_path / "cut")
     route_around(dense, kept(tmp_path / "cut"))
@@ -73,7 +79,7 @@ def test_it_computes_what_a_router_without_them_does(name: str, model: Make, cle
 
 def test_those_stored_apart_take_the_names_of_the_first(model: Make, tmp_path: Path) -> None:
     cut(model("mixtral"), tmp_path / "cut")
-    before, after = load_file(model("mixtral") / "model.safetensors"), load_file(tmp_path / "cut/model.safetensors")
+    before, after = stored(model("mixtral")), stored(tmp_path / "cut")
     units = kept(tmp_path / "cut")
     assert any(units[index].tolist() != [0, 1, 2] for index in units), "the numbers do move"
     place = "model.layers.{}.block_sparse_moe.experts.{}.{}.weight"
@@ -124,7 +130,7 @@ def test_numbers_that_differ_between_blocks(model: Make, clean: CleanProcess, tm
     there = clean.logits(tmp_path / "cut", WORDS.tolist(), trust_remote_code=True)
     torch.testing.assert_close(there, logits(result), atol=1e-5, rtol=1e-5)
     # and once more, from blocks that differ to such that do not
-    again = cut(tmp_path / "cut", tmp_path / "again", ratios=[0.34, 0.0, 0.5]).receipt
+    again = cut(tmp_path / "cut", tmp_path / "again", ratios=[0.3, 0.0, 0.5]).receipt
     assert {entry["kept"] for entry in again["decisions"][0]["units"]["experts"].values()} == {2}
 
 
@@ -189,9 +195,9 @@ def test_routing_is_what_experts_compute_one_by_one(name: str, model: Make, tmp_
         wanted = torch.zeros(4, 4, dtype=torch.float64)
         for hidden, chosen, gates in given:
             for token, choice in torch.cartesian_prod(*map(torch.arange, chosen.shape)).tolist():
-                expert, gate = int(chosen[token, choice]), float(gates[token, choice])
+                expert, gate = int(chosen[token, choice]), float(gates[token, choice].detach())
                 first, second = (bank.gate_up_proj[expert] @ hidden[token]).chunk(2)
-                norm = float((bank.down_proj[expert] @ (bank.act_fn(first) * second)).norm())
+                norm = float((bank.down_proj[expert] @ (bank.act_fn(first) * second)).norm().detach())
                 wanted[:, expert] += torch.tensor([1, gate, norm, gate * norm])
         torch.testing.assert_close(
             torch.stack([sums.tokens, sums.gates, sums.norms, sums.gated_norms]), wanted, atol=1e-4, rtol=1e-4
@@ -204,18 +210,17 @@ def test_an_expert_that_gives_nothing_goes_first(tmp_path: Path) -> None:
         for index, silent in enumerate((3, 0, 2)):
             model.model.layers[index].mlp.experts.down_proj[silent] = 0
     (tmp_path / "ids.json").write_text(json.dumps([[*range(3, 19)], [*range(100, 116)]]))
-    steps = {"steps": [{"reap": {}}], "calibration": {"data": str(tmp_path / "ids.json"), "length": 16}}
+    steps = {"steps": [{"reap": {}}], "calibration": {"data": str(tmp_path / "ids.json"), "samples": 2, "length": 16}}
     result = secateur.compress(model, recipe=secateur.Recipe.parse(steps))
     for index, silent in enumerate((3, 0, 2)):
         others = [expert for expert in range(4) if expert != silent]
         here, there = (each.model.layers[index].mlp for each in (result.model, model))
         assert torch.equal(here.gate.weight, there.gate.weight[others])
-    # an expert that gives nothing leaves the others' gates as they are only where its tokens go elsewhere: not compared
 
 
 def test_experts_that_no_token_reached_are_told(model: Make, tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text(json.dumps([[5, 6]]))
-    steps = {"steps": [{"reap": {}}], "calibration": {"data": str(tmp_path / "ids.json"), "length": 2}}
+    steps = {"steps": [{"reap": {}}], "calibration": {"data": str(tmp_path / "ids.json"), "samples": 1, "length": 2}}
     said = secateur.compress(
         model("mixtral"), recipe=secateur.Recipe.parse(steps), output=tmp_path / "out", evaluate=False
     ).receipt

@@ -120,8 +120,8 @@ COMMON["blocks"] = {
     "ratio": (
         Ratio,
         0.2,
-        "fraction of the blocks removed (of those with the part, where only a `part` goes), rounded half up to a whole number; "
-        "one at least stays",
+        "fraction of the blocks removed (of those with the part, where only a `part` goes), rounded half up to a whole "
+        "number; one at least stays",
     ),
     "remove": (Annotated[int, Field(ge=0)] | None, None, "how many blocks are removed; counts before ratio"),
     "protect": (list[int] | None, None, "indices of blocks that stay whatever their score, from 0; default none"),

@@ -132,7 +132,9 @@ class Cuts:
 
     def unchosen(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
         """While it is open, the uncut network (or a live `model` of its kind) sends no token to experts that are cut."""
-        removed = {block: (self.group(block, axis), self._gone(block)) for block, axis in self.known() if axis == "experts"}
+        removed = {
+            block: (self.group(block, axis), self._gone(block)) for block, axis in self.known() if axis == "experts"
+        }
         return unchosen(self._source.skeleton if model is None else model, removed)
 
     def _gone(self, block: int) -> Tensor:

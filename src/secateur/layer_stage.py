@@ -77,7 +77,9 @@ class LayerStage(Stage):
         """Puts what adds nothing in the place of the part, in the blocks of a live module that lose it."""
         plain = frame(raw_config(self.source), type(self.source.config))
         if plain is None:
-            raise RequestError(f"{type(module).__name__} is no class of transformers, so no part of its blocks can go alone.")
+            raise RequestError(
+                f"{type(module).__name__} is no class of transformers, so no part of its blocks can go alone."
+            )
         removed = set(self.decided()["blocks"]["removed"])
         for path, make in nothings(plain, self.part).items():
             for block in self.source.anatomy.blocks:

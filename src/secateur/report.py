@@ -18,7 +18,11 @@ from secateur.network.source import Source
 from secateur.recipe import Evaluate, Recipe
 from secateur.registry import find
 
-UNITS = {"neurons": "feed-forward neurons", "heads": "attention heads (by shared keys and values)", "experts": "experts"}
+UNITS = {
+    "neurons": "feed-forward neurons",
+    "heads": "attention heads (by shared keys and values)",
+    "experts": "experts",
+}
 """What the units of an axis are called."""
 _WHY_CODE = (
     "Its blocks differ from each other, which the architecture has no words for: `per_layer_config` in `config.json` says "

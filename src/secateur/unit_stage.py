@@ -104,7 +104,7 @@ class _CutsUnits(Stage):
         return torch.cat([first.logits, second.logits], dim=1).float()
 
     def _compare(self, module: nn.Module, wanted: Tensor) -> None:
-        """Modules may keep the number of their heads or experts where nobody sees it. Raises RequestError when they then err."""
+        """Modules may keep the number of their heads or experts unseen. Raises RequestError when they then err."""
         try:
             found = self._outputs(module)
             same = bool((found - wanted).abs().max() <= 1e-3 * wanted.abs().max())
@@ -113,8 +113,8 @@ class _CutsUnits(Stage):
             same = False
         if not same:
             raise RequestError(
-                f"{type(module).__name__} does not compute with fewer {' or '.join(asked_axes(self.step))} as a live module; "
-                "give its directory and an output, or choose axis=neurons."
+                f"{type(module).__name__} does not compute with fewer {' or '.join(asked_axes(self.step))} as a live "
+                "module; give its directory and an output, or choose axis=neurons."
             )
 
     @abstractmethod

@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from secateur.calibration.propagation import Batch, Propagation
 from secateur.calibration.samples import Samples
+from secateur.calibration.subflow import flow_sums, silent_modules, watched_part
 from secateur.context import Progress, barrier, processes, silent
 from secateur.errors import RequestError, RunError
-from secateur.calibration.subflow import flow_sums, silent_modules, watched_part
 from secateur.files import read_json, write_json
 from secateur.network.anatomy import Block
 from secateur.network.modelling_file import BLOCK, part_modules
@@ -67,8 +67,8 @@ class FlowPass:
         folder: for hidden states and what was seen.
         losses: also pass on, beside the dense hidden states, those that lack one block each, for `LossWithout`. They are as
             many as there are blocks, each with files of its own.
-        part: "block", or "attention" or "feed_forward": then x is what that part adds to, and y has it added; what is left out
-            is that part alone.
+        part: "block", or "attention" or "feed_forward": then x is what that part adds to and y has it added, and what is
+            left out is that part alone.
     """
 
     def __init__(
@@ -155,9 +155,7 @@ class FlowPass:
                 with silent_modules(self._tokens.module(index), part_modules(self._at(index), self._part)):
                     without.run(index, write=True)
                 without.forget(index)
-            self._tokens.run(
-                index, around=lambda batch: self._watch(index, batch, seen), write=onward
-            )
+            self._tokens.run(index, around=lambda batch: self._watch(index, batch, seen), write=onward)
         self._note(index, seen)
         for tokens in (self._tokens, *(self._without(lacking) for lacking in range(index) if self._losses)):
             tokens.forget(index)

@@ -65,7 +65,9 @@ class RoutingPass(FlowPass):
                 seen = self._gathered(block.index)
                 sums = torch.tensor([math.fsum(part) for part in zip(*seen, strict=True)], dtype=torch.float64)
                 if not bool(torch.isfinite(sums).all()):
-                    raise RunError(f"the experts of {block.path} give non-finite outputs on the calibration tokens; check it.")
+                    raise RunError(
+                        f"the experts of {block.path} give non-finite outputs on the calibration tokens; check it."
+                    )
                 found[block.index] = ExpertSums(*sums.view(4, block.experts.count))
         return Routing(found)
 
@@ -86,7 +88,9 @@ def _asked(
     def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
         leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         chosen = next((leaf for leaf in leaves if not leaf.is_floating_point() and leaf.ndim == 2), None)
-        gates = next((t for t in leaves if chosen is not None and t.is_floating_point() and t.shape == chosen.shape), None)
+        gates = next(
+            (t for t in leaves if chosen is not None and t.is_floating_point() and t.shape == chosen.shape), None
+        )
         if chosen is None or gates is None:
             raise RequestError(
                 f"how tokens are sent to the experts of {path} could not be seen, so nothing is known of them; choose "

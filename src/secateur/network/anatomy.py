@@ -435,7 +435,11 @@ def _experts(block: nn.Module, path: str, found: ExpertsProposal) -> Group | Non
     """Experts whose numbers lie in tensors with one entry for each, in the bank, the router and beside it."""
     bank, count = block.get_submodule(found.host)._parameters, found.count
     stacks = [name for name, p in bank.items() if p is not None]
-    if found.router is None or not stacks or any(block.get_parameter(join(found.host, s)).shape[0] != count for s in stacks):
+    if (
+        found.router is None
+        or not stacks
+        or any(block.get_parameter(join(found.host, s)).shape[0] != count for s in stacks)
+    ):
         return None
     # what is said of each expert beside its weights stands near the router: biases, some learned outside training
     near = found.host.rpartition(".")[0] or found.router.rpartition(".")[0]

@@ -64,7 +64,7 @@ def _cuts(method: str) -> bool:
 
 def _axes(method: str, name: str) -> list[str]:
     """The units that it can cut there; query heads, which are not cut beside heads, have a test file of their own."""
-    refused = {"neurons": REFUSED, "heads": NO_HEADS}
+    refused = {"neurons": REFUSED, "heads": NO_HEADS, "experts": set(tiny.ARCHITECTURES) - set(MIXTURES)}
     return [axis for axis in methods()[method].axes if axis != "queries" and name not in refused[axis]]
 
 
@@ -106,7 +106,11 @@ def _check_cut(source: Path, axes: list[str], dense: torch.nn.Module, result: to
         assert result.config.num_attention_heads * kv == dense.config.num_attention_heads * int(0.8 * kv)
     else:
         assert not attention
-    per_neuron = (sum(removed.values()) - attention) / (tiny.UNITS - WIDTH) / len(blocks)
+    banks = {part.parameter for block in blocks if block.experts for part in block.experts.group.slices}
+    experts = sum(removed[name] for name in banks)
+    # one of four goes
+    assert experts * 4 == ("experts" in axes) * sum(dense.get_parameter(name).numel() for name in banks)
+    per_neuron = (sum(removed.values()) - attention - experts) / (tiny.UNITS - WIDTH) / len(blocks)
     if "neurons" in axes:
         assert per_neuron == int(per_neuron) >= 2 * tiny.HIDDEN, "whole neurons are gone, and nothing else"
     else:
@@ -193,7 +197,7 @@ def test_every_method_on_every_architecture(
     elif _renumbers(method):
         _check_renumbered(first, dense, result)
     elif _cuts(method):
-        _check_cut(source, recipe.steps[0].parameters.get("axis", ["neurons"]), dense, result)
+        _check_cut(source, _axes(method, name), dense, result)
     else:
         _check_zeros(first, dense, result)
 

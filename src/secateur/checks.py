@@ -3,9 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 from secateur.errors import RequestError
+from secateur.network.anatomy import Axis
+from secateur.network.blocks import lacking
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
+from secateur.network.heterogeneous import BlockShape, heterogeneous_config
+from secateur.network.modelling_file import BLOCK, frame, nothings
 from secateur.network.source import Source
-from secateur.network.store import resized_config
+from secateur.network.store import raw_config, resized_config
 from secateur.network.vocabulary import open_vocabulary, token_rows
 from secateur.recipe import Step
 from secateur.solving import Solver
@@ -58,21 +62,41 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
                 for axis, widths in present.items()
             }
             resized_config(
-                source, {axis: _for_all(source, units) for axis, units in (sizes | (planned or narrower)).items()}
+                source, {axis: _for_all(source, axis, units) for axis, units in (sizes | (planned or narrower)).items()}
             )
     return sizes
 
 
-def _for_all(source: Source, units: Mapping[int, int]) -> dict[int, int]:
+def _for_all(source: Source, axis: Axis, units: Mapping[int, int]) -> dict[int, int]:
     """What the last block has also for those behind it: an earlier step removes them, but they are still in this source."""
     last = units[max(units)]
-    return {block.index: units.get(block.index, last) for block in source.anatomy.blocks}
+    return {block.index: units.get(block.index, last) for block in source.anatomy.blocks if block.group(axis)}
 
 
 def _check_blocks(source: Source, step: Step, count: int) -> int:
     """How many of `count` blocks a step leaves. Raises RequestError when it cannot remove blocks from this model."""
+    if (part := step.parameters["part"]) != BLOCK:
+        _check_parts(source, step, part, count)
+        return count
     left = count - blocks_to_remove(step.method, step.parameters, count)
     check_skippable(source, step.method)
     # whichever go, the configuration must be able to say a smaller number
     shortened_config(source, range(left))
     return left
+
+
+def _check_parts(source: Source, step: Step, part: str, count: int) -> None:
+    """Raises RequestError when a step cannot remove the attention or feed-forward of blocks of this model."""
+    without = lacking(source, part)
+    if len(without) == len(source.anatomy.blocks):
+        raise RequestError(
+            f"{step.method} removes the {part.replace('_', '-')} of blocks, but none of {source.spec} has one that was "
+            "recognised and can be left out alone; remove whole blocks."
+        )
+    remove = blocks_to_remove(step.method, step.parameters, count, without)
+    raw = raw_config(source)
+    if plain := frame(raw, type(source.config)):
+        nothings(plain, part)
+    # whichever go: mostly they are alike
+    gone = [block.index for block in source.anatomy.blocks if block.index not in without][: max(remove, 1)]
+    heterogeneous_config(source, raw, {index: BlockShape(skip=(part,)) for index in gone})

@@ -206,6 +206,11 @@ def _print_forecast(said: dict[str, Any]) -> None:
         console.print(f"would cut: {UNITS[axis]} {cut} in {len(units)} blocks", highlight=False)
     if blocks := said["blocks"]:
         console.print(f"would remove: {blocks['of'] - blocks['kept']} of {blocks['of']} blocks", highlight=False)
+    for each in said["parts"]:
+        what = each["part"].replace("_", "-")
+        console.print(
+            f"would remove: the {what} of {each['of'] - each['kept']} of {each['of']} blocks", highlight=False
+        )
     if words := said["vocabulary"]:
         console.print(f"would keep: {words['kept']:,} of {words['of']:,} tokens", highlight=False)
     for each in said["zeros"]:

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field
 from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
+from secateur.calibration.routing import Routing
 from secateur.calibration.statistics import (
     CrossGram,
     GatedNorms,
@@ -87,7 +88,8 @@ COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
             Axes,
             ["neurons"],
             "which units: neurons of the feed-forward layer, heads of attention (those that share keys and values go "
-            "together), or queries (single query heads, as many of each that share keys and values), or a list of them",
+            "together), queries (single query heads, as many of each that share keys and values), experts of a mixture, or "
+            "a list of them",
         ),
         "ratios": (list[Ratio] | None, None, "one ratio for each block, instead of `ratio`"),
         "multiple_of": (
@@ -120,9 +122,19 @@ COMMON["matrices"] = {
 }
 
 COMMON["blocks"] = {
-    "ratio": (Ratio, 0.2, "fraction of the blocks removed, rounded half up to a whole number; one at least stays"),
+    "ratio": (
+        Ratio,
+        0.2,
+        "fraction of the blocks removed (of those with the part, where only a `part` goes), rounded half up to a whole "
+        "number; one at least stays",
+    ),
     "remove": (Annotated[int, Field(ge=0)] | None, None, "how many blocks are removed; counts before ratio"),
     "protect": (list[int] | None, None, "indices of blocks that stay whatever their score, from 0; default none"),
+    "part": (
+        Literal["block", "attention", "feed_forward"],
+        "block",
+        "what goes of a block: all of it, or only its attention or feed-forward, and the rest stays (needs a file of code)",
+    ),
 }
 
 Kind = Literal[
@@ -188,6 +200,13 @@ NEEDS: dict[type, Need] = {
         "Taylor terms of the loss for each unit (the whole model in memory)",
         f"{_TEXT}, gradients",
         beside=(Units,),
+    ),
+    Routing: Need(
+        "any",
+        (),
+        "which tokens go to which experts, with what gates, and how large what they give is",
+        _TEXT,
+        beside=(Network,),
     ),
     SyntheticGram: Need(
         "any",

@@ -1,15 +1,18 @@
 """The cuts of one step, kept in files: saved as they are decided, read by whatever writes, checks or tells of them."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import RunError
 from secateur.files import read_tensors, write_tensors
 from secateur.network.anatomy import AXES, Axis, Block, Group
+from secateur.network.checkpoint import stored_buffers
+from secateur.network.routing import unchosen
 from secateur.network.source import Source
 from secateur.network.store import stored_dtype
 from secateur.network.stream import Fetch
@@ -84,7 +87,25 @@ class Cuts:
                 )
                 parameters = {**parameters, **cut}
                 for parameter, tensor in cut.items():
-                    tensors.update(self._source.take_apart(parameter, tensor, tensors))
+                    apart = self._source.take_apart(parameter, tensor, tensors)
+                    for key in self._source.stored_keys(parameter):
+                        if key not in apart:  # experts stored apart, of which fewer are left
+                            del tensors[key]
+                    tensors.update(apart)
+        self._cut_buffers(tensors)
+
+    def _cut_buffers(self, tensors: dict[str, Tensor]) -> None:
+        """Learned vectors that are no parameters, which lie in the piece of their block."""
+        found = {
+            name: self.read(block, axis).kept
+            for block, axis in self.known()
+            for name in self.group(block, axis).buffers
+        }
+        stored = stored_buffers(self._source.skeleton, self._source.tensors) if found else {}
+        for name, kept in found.items():
+            if (key := stored.get(name)) in tensors:
+                assert key is not None
+                tensors[key] = tensors[key].index_select(0, kept)
 
     def silenced(self) -> Fetch:
         """The source's parameters with what was cut silenced instead: the reload check runs the uncut network with them.
@@ -97,7 +118,9 @@ class Cuts:
             tensors = self._source.read_parameters(names)
             asked = {inside[name].index for name in names if name in inside}
             for block, axis in self.known():
-                if block in asked:
+                if block in asked and axis == "experts":
+                    tensors = {**tensors, **self._never_best(block, tensors)}
+                elif block in asked:
                     group = self.group(block, axis)
                     names_of = [name for name in (group.output.parameter, group.output_bias) if name in tensors]
                     # in the dtype that is written, so that what was refitted is rounded here as it was there
@@ -106,6 +129,26 @@ class Cuts:
             return tensors
 
         return fetch
+
+    def unchosen(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
+        """While it is open, the uncut network (or a live `model` of its kind) sends no token to experts that are cut."""
+        removed = {
+            block: (self.group(block, axis), self._gone(block)) for block, axis in self.known() if axis == "experts"
+        }
+        return unchosen(self._source.skeleton if model is None else model, removed)
+
+    def _gone(self, block: int) -> Tensor:
+        everyone = torch.ones(self.group(block, "experts").count, dtype=torch.bool)
+        return everyone.index_fill(0, self.read(block, "experts").kept, False).nonzero().flatten()
+
+    def _never_best(self, block: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Vectors beside the router, such as biases, by which removed experts are never chosen."""
+        group, found = self.group(block, "experts"), {}
+        for part in group.inputs:
+            if part.parameter in tensors and tensors[part.parameter].ndim == 1:
+                old = tensors[part.parameter]
+                found[part.parameter] = old.index_fill(0, self._gone(block), -torch.inf)
+        return found
 
     def check(self, block: int, axis: Axis, cut: Cut) -> None:
         """Raises RunError naming the block when a method returned what cannot be done."""
@@ -116,6 +159,8 @@ class Cuts:
         uneven = group.sets > 1 and len(set((kept // size).bincount(minlength=group.sets).tolist())) > 1
         if not ordered or int(kept[0]) < 0 or int(kept[-1]) >= group.count or uneven:
             raise RunError(f"{where}: an impossible set of {axis} was kept; nothing was cut there.")
+        if axis == "experts" and (cut.output is not None or cut.output_bias is not None):
+            raise RunError(f"{where}: experts have no output matrix of their own that could be given anew.")
         hidden = self._source.anatomy.hidden
         for name, tensor, shape in (
             ("output weights", cut.output, (hidden, len(kept) * group.output.width)),

@@ -14,12 +14,15 @@ from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.propagation import ACTIVATION_BYTES
+from secateur.calibration.routing import Routing
 from secateur.calibration.samples import LENGTH, SELF, Calibration
 from secateur.calibration.statistics import CrossGram
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
+from secateur.network.blocks import lacking
 from secateur.network.depth import blocks_to_remove
 from secateur.network.matrices import MatrixRef
+from secateur.network.modelling_file import BLOCK, part_parameters
 from secateur.network.source import Source, conversion_dtype
 from secateur.network.store import stored_dtype
 from secateur.network.stream import pieces
@@ -107,13 +110,22 @@ def _needs(
 
     count = left = len(original.anatomy.blocks)
     for step in steps:
-        if step.registered.scope == "blocks":
+        if step.registered.scope == "blocks" and step.parameters["part"] == BLOCK:
             left -= blocks_to_remove(step.method, step.parameters, left)
     # which blocks go is not known yet; counted are the last, which mostly are like all others
     gone = [block for block in original.anatomy.blocks if block.index >= left]
     removed: dict[str, int] = {
         name: original.skeleton.get_parameter(name).numel() for block in gone for name in block.parameters
     }
+    parts: list[dict[str, Any]] = []
+    for step in steps:
+        if step.registered.scope == "blocks" and (part := step.parameters["part"]) != BLOCK:
+            without = lacking(original, part)
+            having = [block for block in original.anatomy.blocks[:left] if block.index not in without]
+            fewer = blocks_to_remove(step.method, step.parameters, left, without)
+            names = [name for block in having[len(having) - fewer :] for name in part_parameters(block, part)]
+            removed |= {name: original.skeleton.get_parameter(name).numel() for name in names}
+            parts.append({"part": part, "kept": len(having) - fewer, "of": len(having)})
     if rows:
         again = {name for group in original.anatomy.tied for name in group[1:]}
         dims = token_rows(original).dims
@@ -144,7 +156,8 @@ def _needs(
     pruning = [
         _Pruning.of_step(original, step, plan.calibration) for step in steps if step.registered.scope == "weight"
     ]
-    flows = [_flow_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "blocks"]
+    passing = [step for step in steps if step.registered.scope in ("blocks", "network")]
+    flows = [_flow_needs(original, step, plan.calibration) for step in passing]
     flows += [_unit_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "units"]
     flows += [_plan_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "network"]
     extra += between * (len(steps) - 1) + sum(each.disk for each in pruning)
@@ -154,6 +167,7 @@ def _needs(
         "parameters": total,
         "parameters_after": total - sum(removed.values()),
         "blocks": {"kept": left, "of": count} if left < count else None,
+        "parts": parts,
         "vocabulary": {"kept": original.anatomy.vocabulary - rows, "of": original.anatomy.vocabulary} if rows else None,
         "units": {
             axis: {str(block): {"kept": kept, "of": group.count} for block, (kept, group) in units.items()}
@@ -201,14 +215,14 @@ def _asked(step: Step) -> set[type]:
 
 
 def _flow_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, int]:
-    """Disk and memory, beside a block's weights, that a step which removes blocks needs for what it asks for."""
+    """Disk and memory, beside a block's weights, that a step which sees the whole network needs for what it asks for."""
     asked, network = _asked(step), source.anatomy
     if not step.calibrated:
         return 0, 0
     positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, positions)
     disk = memory = 0
-    if asked & {Flow, LossWithout}:
+    if asked & {Flow, LossWithout, Routing}:
         copies = len(network.blocks) + 1 if LossWithout in asked else 1
         # those that a block reads and those that it writes
         disk = 2 * copies * tokens * network.hidden * getattr(torch, wishes.dtype).itemsize

@@ -13,11 +13,15 @@ from secateur.calibration.flow import Flow, FlowPass, LossWithout
 from secateur.calibration.gradients import BlockGradients, learn_block_gradients
 from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
 from secateur.context import Context
-from secateur.errors import RunError
+from secateur.errors import RequestError, RunError
 from secateur.files import write_json, write_tensors
-from secateur.network.blocks import Blocks, Kept
+from secateur.network.blocks import Blocks, Kept, lacking
 from secateur.network.depth import StoredNumbers, blocks_to_remove, drop_blocks, shortened_config
+from secateur.network.heterogeneous import BlockShape, heterogeneous_config
+from secateur.network.modelling_file import BLOCK, frame, nothings, part_parameters
+from secateur.network.store import raw_config
 from secateur.network.stream import Fetch, Piece
+from secateur.network.trace import set_submodule
 from secateur.stage import Stage
 from secateur.workspace import Journal
 
@@ -32,10 +36,17 @@ class LayerStage(Stage):
         self.registered = self.step.registered
         self.asked = set(self.registered.asked(self.step.parameters).values())
         self.kept = Kept(())
+        self.part: str = self.step.parameters["part"]
         self._config: dict[str, Any] = {}
+        self._saved = True  # otherwise no configuration need say what is left
 
     def apply(self, module: nn.Module) -> None:
+        self._saved = False
         self._prepare()
+        if self.part != BLOCK:
+            self._empty(module)
+            self.notes["blocks"] = self.decided()["blocks"]
+            return
         drop_blocks(module, self.source.anatomy, self.kept.blocks, self._config)
         self.notes["blocks"] = self.decided()["blocks"]
 
@@ -44,12 +55,7 @@ class LayerStage(Stage):
 
         That it has this effect was tried by `check_skippable`. Nothing of what renamed and wrote the result is used again.
         """
-        gone = {
-            name
-            for block in self.source.anatomy.blocks
-            for name in block.parameters
-            if block.index not in self.kept.blocks
-        }
+        gone = self._gone()
 
         def fetch(names: Sequence[str]) -> Mapping[str, Tensor]:
             found = {}
@@ -62,11 +68,29 @@ class LayerStage(Stage):
 
         return fetch
 
+    def _gone(self) -> set[str]:
+        """The parameters that are removed, by name in the model."""
+        blocks = [block for block in self.source.anatomy.blocks if block.index not in self.kept.blocks]
+        return {name for block in blocks for name in part_parameters(block, self.part)}
+
+    def _empty(self, module: nn.Module) -> None:
+        """Puts what adds nothing in the place of the part, in the blocks of a live module that lose it."""
+        plain = frame(raw_config(self.source), type(self.source.config))
+        if plain is None:
+            raise RequestError(
+                f"{type(module).__name__} is no class of transformers, so no part of its blocks can go alone."
+            )
+        removed = set(self.decided()["blocks"]["removed"])
+        for path, make in nothings(plain, self.part).items():
+            for block in self.source.anatomy.blocks:
+                if block.index in removed:
+                    set_submodule(module, f"{block.path}.{path}", make(block.index))
+
     def seconds(self) -> float:
         blocks = self.source.anatomy.blocks
         begun = time.time()
         if not self.asked & {Flow, LossWithout}:
-            first = Blocks(self.source, 0, device=self.device)[0]
+            first = Blocks(self.source, 0, device=self.device, part=self.part)[0]
             for tensor in first.matrices():
                 tensor.abs().sum()
             return (time.time() - begun) * len(blocks)
@@ -82,10 +106,13 @@ class LayerStage(Stage):
         return (time.time() - begun) * len(batches) * times
 
     def decided(self) -> dict[str, Any]:
-        count = len(self.source.anatomy.blocks)
-        removed = [index for index in range(count) if index not in self.kept.blocks]
+        without = lacking(self.source, self.part)
+        count = len(self.source.anatomy.blocks) - len(without)
+        removed = [block.index for block in self.source.anatomy.blocks if block.index not in self.kept.blocks]
         scores = {str(index): score for index, score in sorted(self.kept.scores.items())}
-        return {"blocks": {"kept": list(self.kept.blocks), "removed": removed, "of": count, "scores": scores}}
+        kept = [index for index in self.kept.blocks if index not in without]
+        said = {"kept": kept, "removed": removed, "of": count, "scores": scores}
+        return {"blocks": said if self.part == BLOCK else {"part": self.part, **said}}
 
     def config(self) -> dict[str, Any]:
         return self._config
@@ -101,18 +128,27 @@ class LayerStage(Stage):
 
     def _say(self, kept: Kept) -> None:
         """Takes a decision over, if a configuration and stored names can say it."""
-        self.kept, self._config = kept, shortened_config(self.source, kept.blocks)
-        self._numbers = StoredNumbers(self.source)
+        self.kept = kept
+        if self.part == BLOCK:
+            self._config = shortened_config(self.source, kept.blocks)
+            self._numbers = StoredNumbers(self.source)
+            return
+        gone = [block.index for block in self.source.anatomy.blocks if block.index not in kept.blocks]
+        self._keys = {key for name in self._gone() for key in self.source.stored_keys(name)}
+        self._config = raw_config(self.source)
+        if gone and self._saved:
+            shapes = {index: BlockShape(skip=(self.part,)) for index in gone}
+            self._config = heterogeneous_config(self.source, self._config, shapes)
 
     def _decide(self, context: Context) -> Kept:
         """Which blocks stay, by the method. Raises RunError when it gives back what cannot be done."""
         parameters, count = self.step.parameters, len(self.source.anatomy.blocks)
-        remove = blocks_to_remove(self.step.method, parameters, count)
+        remove = blocks_to_remove(self.step.method, parameters, count, lacking(self.source, self.part))
         if not remove and parameters["remove"] is None and parameters["ratio"]:
             context.warn(
                 f"{self.step.method}: ratio={parameters['ratio']} of {count} blocks is less than half a block."
             )
-        blocks = Blocks(self.source, remove, parameters["protect"] or (), self.device)
+        blocks = Blocks(self.source, remove, parameters["protect"] or (), self.device, self.part)
         given: dict[type, Any] = {Blocks: blocks, Context: context, **self._statistics(context)}
         asked = self.registered.asked(parameters)
         arguments = {name: given[need] if name in asked else None for name, need in self.registered.needs.items()}
@@ -140,7 +176,9 @@ class LayerStage(Stage):
         context.note("calibration", samples.describe())
         if BlockGradients in self.asked:
             path = self.state / "gradients.json"
-            found[BlockGradients] = learn_block_gradients(self.source, samples, path, self.device, self.progress)
+            found[BlockGradients] = learn_block_gradients(
+                self.source, samples, path, self.device, self.progress, self.part
+            )
         if self.asked & {Flow, LossWithout}:
             tokens = self._pass(samples)
             tokens.run(self.progress)
@@ -152,19 +190,22 @@ class LayerStage(Stage):
 
     def _pass(self, samples: Samples, losses: bool = True) -> FlowPass:
         dtype = getattr(torch, self.calibration.dtype)
-        return FlowPass(self.source, samples, self.state, dtype, self.device, losses and LossWithout in self.asked)
+        losses = losses and LossWithout in self.asked
+        return FlowPass(self.source, samples, self.state, dtype, self.device, losses, self.part)
 
     def _pieces(self) -> list[Piece]:
         """Those of the source without what belongs to removed blocks."""
         left: list[Piece] = []
         for piece in super()._pieces():
             keys = tuple(key for key in piece.keys if self._renamed(key) is not None)
-            blocks = tuple(index for index in piece.blocks if index in self.kept.blocks)
+            blocks = tuple(index for index in piece.blocks if index in self.kept.blocks or self.part != BLOCK)
             if keys:
                 left.append(replace(piece, index=len(left), blocks=blocks, keys=keys))
         return left
 
     def _renamed(self, key: str) -> str | None:
+        if self.part != BLOCK:  # the blocks keep their numbers
+            return None if key in self._keys else key
         return self._numbers.renamed(key, self.kept.blocks)
 
     def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any]:

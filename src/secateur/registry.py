@@ -23,6 +23,7 @@ from pydantic import BeforeValidator
 from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
+from secateur.calibration.routing import Routing
 from secateur.calibration.statistics import (
     INPUT_STATISTICS,
     CrossGram,
@@ -38,7 +39,7 @@ from secateur.calibration.unit_gradients import UnitGradients
 from secateur.context import Context
 from secateur.contract import COMMON, NEEDS, Axes, Kind, MaskFrom, Ratio, UnitsFrom
 from secateur.errors import RequestError, suggest
-from secateur.network.anatomy import AXES, Axis
+from secateur.network.anatomy import COLUMN_AXES, Axis
 from secateur.network.blocks import Blocks, Kept
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Neurons, Plan, Units, Update, Weight
 from secateur.network.vocabulary import KeptTokens, Vocabulary
@@ -71,6 +72,7 @@ __all__ = [
     "Neurons",
     "Plan",
     "Ratio",
+    "Routing",
     "SyntheticGram",
     "TokenCounts",
     "UnitGradients",
@@ -239,7 +241,7 @@ def method(
     when: Literal["before training", "during training", "after training", "at inference"],
     speedup: Literal["universal", "specific", "none"],
     learned: bool = False,
-    axes: tuple[Axis, ...] = AXES,
+    axes: tuple[Axis, ...] = COLUMN_AXES,
     only: Mapping[str, Mapping[str, Any]] | None = None,
     refuses: Callable[[Mapping[str, Any]], str | None] = lambda _: None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

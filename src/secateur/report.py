@@ -22,6 +22,7 @@ UNITS = {
     "neurons": "feed-forward neurons",
     "heads": "attention heads (by shared keys and values)",
     "queries": "query heads",
+    "experts": "experts",
 }
 """What the units of an axis are called."""
 _WHY_CODE = (
@@ -95,7 +96,8 @@ def summary(receipt: Mapping[str, Any]) -> list[str]:
 def _blocks_line(method: str, blocks: Mapping[str, Any]) -> str:
     """Which blocks were removed, and by what scores."""
     removed, scores = blocks["removed"], blocks["scores"]
-    said = f"{method}: {len(removed)} of {blocks['of']} blocks removed ({len(removed) / blocks['of']:.1%})"
+    what = f"the {blocks['part'].replace('_', '-')} of " if "part" in blocks else ""
+    said = f"{method}: {what}{len(removed)} of {blocks['of']} blocks removed ({len(removed) / blocks['of']:.1%})"
     if removed:
         said += f": {', '.join(map(str, removed))}"
     for what, indices in (("removed", removed), ("kept", blocks["kept"])):

@@ -4,6 +4,7 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,10 @@ class Stage(ABC):
     @abstractmethod
     def expected(self) -> Fetch:
         """Parameters of the source's architecture that compute what the result is to compute: the reload check runs them."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """What the source runs inside of while it stands for the result, beside having the parameters `expected`."""
+        return nullcontext()
 
     @abstractmethod
     def apply(self, module: nn.Module) -> None:

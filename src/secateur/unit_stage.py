@@ -4,6 +4,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from secateur.block_stage import BlockStage, Loaded, errors
 from secateur.calibration.evaluator import Evaluator, Rehearsal
 from secateur.calibration.passes import Rows
+from secateur.calibration.routing import Routing, RoutingPass
 from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
@@ -62,11 +64,18 @@ class _CutsUnits(Stage):
         fetch = self.cuts.silenced()
         return lambda names: {name: self._cast(name, tensor).float() for name, tensor in fetch(names).items()}
 
+    def reference(self) -> AbstractContextManager[None]:
+        return self.cuts.unchosen()
+
     def apply(self, module: nn.Module) -> None:
         self._decide_all()
         cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
-        heads = any(axis != "neurons" for _, axis in cuts)
-        wanted = self._outputs(self._silenced(module)) if heads else None
+        heads = any(axis != "neurons" for _, axis in cuts)  # modules keep numbers of them
+        wanted = None
+        if heads:
+            silenced = self._silenced(module)
+            with self.cuts.unchosen(silenced):
+                wanted = self._outputs(silenced)
         try:
             # so that a module whose widths its configuration can say may be saved
             raw = resized_config(self.source, self.cuts.sizes(), plain=True)
@@ -102,7 +111,7 @@ class _CutsUnits(Stage):
         return torch.cat([first.logits, second.logits], dim=1).float()
 
     def _compare(self, module: nn.Module, wanted: Tensor) -> None:
-        """Attention may keep the number of its heads where nobody sees it. Raises RequestError when it then errs."""
+        """Modules may keep the number of their heads or experts unseen. Raises RequestError when they then err."""
         try:
             found = self._outputs(module)
             same = bool((found - wanted).abs().max() <= 1e-3 * wanted.abs().max())
@@ -111,8 +120,8 @@ class _CutsUnits(Stage):
             same = False
         if not same:
             raise RequestError(
-                f"{type(module).__name__} does not compute with fewer attention heads as a live module; give its directory "
-                "and an output, or choose axis=neurons."
+                f"{type(module).__name__} does not compute with fewer {' or '.join(asked_axes(self.step))} as a live "
+                "module; give its directory and an output, or choose axis=neurons."
             )
 
     @abstractmethod
@@ -133,10 +142,17 @@ class PlanStage(_CutsUnits):
     def seconds(self) -> float:
         begun = time.time()
         context = Context(self.seed, self.index)
-        if Evaluator in self.step.registered.needs.values():
-            rehearsal = self._rehearsal()
+        if Evaluator in self._asked:
+            rehearsal = Rehearsal(self.source, self._drawn(), asked_axes(self.step), self.device)
             self._ask(context, statistics={Evaluator: rehearsal})
             return time.time() - begun + rehearsal.seconds
+        if Routing in self._asked:  # choosing by it takes no time
+            samples = self._drawn()
+            batches = self._routing(samples).batches
+            first = next(block.index for block in self.source.anatomy.blocks if block.experts)
+            begun = time.time()
+            self._routing(Samples(list(batches[0].ids), [], "random")).run(blocks=range(first + 1))
+            return (time.time() - begun) / (first + 1) * len(batches) * len(self.source.anatomy.blocks)
         layers = [block.index for block in self.source.anatomy.blocks if block.feed_forward]
         self._ask(context, layers[:1])
         return (time.time() - begun) * len(layers)
@@ -179,15 +195,28 @@ class PlanStage(_CutsUnits):
         drawn = self._context("samples").generator("samples")
         samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress)
         context.note("calibration", samples.describe())
-        return {Evaluator: Evaluator(self.source, samples, asked_axes(self.step), self.device)}
+        found: dict[type, Any] = {}
+        if Evaluator in self._asked:
+            found[Evaluator] = Evaluator(self.source, samples, asked_axes(self.step), self.device)
+        if Routing in self._asked:
+            tokens = self._routing(samples)
+            tokens.run(self.progress)
+            found[Routing] = tokens.routing()
+        return found
 
-    def _rehearsal(self) -> Rehearsal:
-        """On drawn tokens, as many as the recipe wants."""
+    @property
+    def _asked(self) -> set[type]:
+        return set(self.step.registered.asked(self.step.parameters).values())
+
+    def _drawn(self) -> Samples:
+        """Drawn tokens, as many as the recipe wants of calibration."""
         positions = getattr(self.source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-        length = min(self.calibration.length or LENGTH, positions)
-        drawn = self._context("tokens").generator()
-        ids = torch.randint(self.source.anatomy.vocabulary, (self.calibration.count, length), generator=drawn)
-        return Rehearsal(self.source, Samples(list(ids), [], "random"), asked_axes(self.step), self.device)
+        shape = (self.calibration.count, min(self.calibration.length or LENGTH, positions))
+        ids = torch.randint(self.source.anatomy.vocabulary, shape, generator=self._context("tokens").generator())
+        return Samples(list(ids), [], "random")
+
+    def _routing(self, samples: Samples) -> RoutingPass:
+        return RoutingPass(self.source, samples, self.state, getattr(torch, self.calibration.dtype), self.device)
 
     def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any]:
         tensors = self.source.read(piece.keys)
@@ -280,6 +309,8 @@ class UnitStage(_CutsUnits, BlockStage):
         if len(cut.kept) != units.keep:
             raise RunError(f"{self.step.method}, {units.name}: {len(cut.kept)} units were kept, not {units.keep}.")
         self._found.setdefault(ref.block, {})[axis] = cut
+        if axis == "experts":  # chosen by weights alone, so no tokens pass that they would have to be hidden from
+            return {"notes": context.notes} if context.notes else {}
         entry: dict[str, Any] = {"notes": context.notes} if context.notes else {}
         names = [name for name in (group.output.parameter, group.output_bias) if name]
         silenced = silence_tensors({name: loaded.base(name) for name in names}, group, cut)

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.errors import RequestError
-from secateur.network.anatomy import AXES, Axis
+from secateur.network.anatomy import AXES, Axis, Block
 from secateur.network.matrices import MatrixRef
+from secateur.network.parts import stacked
 from secateur.network.source import Source
 from secateur.network.widths import round_width
 from secateur.recipe import Step
@@ -14,6 +15,7 @@ WORDS: dict[Axis, str] = {
     "neurons": "feed-forward neurons",
     "heads": "attention heads",
     "queries": "query heads",
+    "experts": "experts",
 }
 
 Sizes = dict[Axis, dict[int, int]]
@@ -22,7 +24,7 @@ Sizes = dict[Axis, dict[int, int]]
 
 def asked_axes(step: Step) -> tuple[Axis, ...]:
     """The kinds of units that a step cuts, in the order in which tokens meet them."""
-    asked = step.parameters.get("axis", ["neurons"])
+    asked = step.parameters.get("axis", [axis for axis in step.registered.axes if axis != "heads"])
     return tuple(axis for axis in AXES if axis in asked)
 
 
@@ -40,6 +42,10 @@ def present_sizes(source: Source, step: Step) -> Sizes:
         sizes[axis] = {}
         for block in source.anatomy.blocks:
             group = block.group(axis)
+            if axis == "experts":
+                if block.experts is not None:  # some architectures mix blocks of both kinds
+                    sizes[axis][block.index] = _experts(source, step, block)
+                continue
             if group is None:
                 what = WORDS[axis]
                 raise RequestError(
@@ -57,7 +63,23 @@ def present_sizes(source: Source, step: Step) -> Sizes:
                     "together, so none can be removed alone; choose axis=neurons."
                 )
             sizes[axis][block.index] = group.count
+        if not sizes[axis]:
+            raise RequestError(f"{step.method} cuts experts, but no block of {source.spec} holds a mixture of them.")
     return sizes
+
+
+def _experts(source: Source, step: Step, block: Block) -> int:
+    """How many experts a block has. Raises RequestError where none can go alone."""
+    group, why = block.group("experts"), ""
+    if group is None:
+        why = "they do not lie together in one tensor behind a router that was recognised"
+    elif source.tensors and source.live is None:
+        parts = [source.parts[part.parameter] for part in group.slices]
+        if any((each[0].region or each[0].taken) and not stacked(each) for each in parts):
+            why = "the checkpoint stores them in a layout in which their number cannot be changed"
+    if why or group is None:
+        raise RequestError(f"the experts of {block.path} of {source.spec} cannot be cut: {why}.")
+    return group.count
 
 
 def output_matrices(source: Source, axes: Sequence[Axis]) -> dict[int, list[MatrixRef]]:
@@ -102,4 +124,11 @@ def planned_sizes(source: Source, step: Step, present: Sizes | None = None) -> S
             index: sets[index] * round_width(count // sets[index], ratio, multiple)
             for (index, count), ratio in zip(units.items(), ratios, strict=True)
         }
+    for index, kept in planned.get("experts", {}).items():
+        experts = source.anatomy.blocks[index].experts
+        if experts and experts.chosen and kept < experts.chosen:
+            raise RequestError(
+                f"{step.method} would leave {kept} of {experts.count} experts in {source.anatomy.blocks[index].path} of "
+                f"{source.spec}, but each token goes to {experts.chosen} of them; choose a smaller ratio."
+            )
     return planned

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from torch.nn import functional
 
 from secateur.calibration.propagation import Batch, Propagation
 from secateur.calibration.samples import Samples
+from secateur.calibration.subflow import flow_sums, silent_modules, watched_part
 from secateur.context import Progress, barrier, processes, silent
 from secateur.errors import RequestError, RunError
 from secateur.files import read_json, write_json
+from secateur.network.anatomy import Block
+from secateur.network.modelling_file import BLOCK, part_modules
 from secateur.network.source import Source
 from secateur.network.stream import loaded
 from secateur.network.trace import first_tensor
@@ -54,19 +57,6 @@ class LossWithout:
     dense: float
 
 
-def flow_sums(before: Tensor, after: Tensor) -> list[float]:
-    """The sums over tokens behind `Flow`: cos, x·y, x·x, y·y, |x|, |y − x| / |x|. Both are (tokens, h)."""
-    x, y = before.double(), after.double()
-    dot, xx, yy = (x * y).sum(dim=-1), x.square().sum(dim=-1), y.square().sum(dim=-1)
-    # a token without any state has no direction; it counts as unchanged only if it stays so
-    tiny = torch.finfo(torch.float64).tiny
-    both = (xx.sqrt() * yy.sqrt()).clamp(min=tiny)
-    cosine = torch.where(xx + yy == 0, torch.ones_like(dot), dot / both)
-    change = (y - x).norm(dim=-1) / xx.sqrt().clamp(min=tiny)
-    sums = (cosine, dot, xx, yy, xx.sqrt(), torch.where(xx + yy == 0, torch.zeros_like(change), change))
-    return [float(each.sum()) for each in sums]
-
-
 class FlowPass:
     """One pass of calibration tokens through the dense network, that goes on from the last block that is done.
 
@@ -77,6 +67,8 @@ class FlowPass:
         folder: for hidden states and what was seen.
         losses: also pass on, beside the dense hidden states, those that lack one block each, for `LossWithout`. They are as
             many as there are blocks, each with files of its own.
+        part: "block", or "attention" or "feed_forward": then x is what that part adds to and y has it added, and what is
+            left out is that part alone.
     """
 
     def __init__(
@@ -87,8 +79,9 @@ class FlowPass:
         dtype: torch.dtype,
         device: str = "cpu",
         losses: bool = False,
+        part: str = BLOCK,
     ) -> None:
-        self._source, self._folder, self._losses = source, folder / "flow", losses
+        self._source, self._folder, self._losses, self._part = source, folder / "flow", losses, part
         self._dtype, self._device = dtype, device
         self._count = len(source.anatomy.blocks)
         self._samples = Samples(samples.sequences, [], samples.name)  # held-out tokens decide nothing
@@ -146,7 +139,6 @@ class FlowPass:
     def _block(self, index: int) -> None:
         """Passes everything through one block and notes what the dense hidden states become."""
         seen: dict[int, list[float]] = {}
-        module = self._tokens.module(index)
         onward = self._losses or index + 1 < self._count
 
         def fetch(name: str) -> Tensor:
@@ -155,14 +147,28 @@ class FlowPass:
         with loaded(self._source.skeleton, self._source.anatomy.blocks[index].parameters, fetch):
             for lacking in range(index) if self._losses else ():
                 self._without(lacking).run(index, write=True)
-            if self._losses:
+            if self._losses and self._part == BLOCK:
                 self._without(index).take(index + 1, self._tokens, index)
-            self._tokens.run(
-                index, around=lambda batch: _watched(module, batch, self._tokens.width, seen), write=onward
-            )
+            elif self._losses:
+                without = self._without(index)
+                without.take(index, self._tokens, index)
+                with silent_modules(self._tokens.module(index), part_modules(self._at(index), self._part)):
+                    without.run(index, write=True)
+                without.forget(index)
+            self._tokens.run(index, around=lambda batch: self._watch(index, batch, seen), write=onward)
         self._note(index, seen)
         for tokens in (self._tokens, *(self._without(lacking) for lacking in range(index) if self._losses)):
             tokens.forget(index)
+
+    def _watch(self, index: int, batch: Batch, seen: dict[int, list[float]]) -> AbstractContextManager[None]:
+        """What a batch runs inside of on its way through a block, for what is noted of it."""
+        module, width = self._tokens.module(index), self._tokens.width
+        if self._part == BLOCK:
+            return _watched(module, batch, width, seen)
+        return watched_part(self._at(index), module, self._part, batch.index, width, seen)
+
+    def _at(self, index: int) -> Block:
+        return self._source.anatomy.blocks[index]
 
     def _end(self) -> None:
         """The loss of what has come through all blocks, without each of them and with all."""

@@ -15,6 +15,7 @@ from secateur.context import Progress, barrier, processes, silent
 from secateur.errors import RunError
 from secateur.files import read_json, read_tensors, write_json, write_tensors, write_text
 from secateur.network.matrices import MatrixRef, view
+from secateur.network.modelling_file import BLOCK, part_parameters
 from secateur.network.source import Source, load
 
 
@@ -87,18 +88,18 @@ def dense_model(source: Source, device: str) -> nn.Module:
 
 
 def learn_block_gradients(
-    source: Source, samples: Samples, path: Path, device: str = "cpu", progress: Progress = silent
+    source: Source, samples: Samples, path: Path, device: str = "cpu", progress: Progress = silent, part: str = BLOCK
 ) -> BlockGradients:
     """Sums the signed gradients of the next-token loss over the sequences, and keeps what they say of each block in `path`.
 
     The dense model and one gradient for each parameter of its blocks are in memory, in float32. The first process does it
-    for all.
+    for all. part: of each block; what lies outside it is not counted.
 
     Raises RunError naming the block whose gradients are not finite.
     """
     if processes()[0] == 0 and not path.exists():
         model = dense_model(source, device)
-        block_of = {name: block.index for block in source.anatomy.blocks for name in block.parameters}
+        block_of = {name: block.index for block in source.anatomy.blocks for name in part_parameters(block, part)}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in block_of and parameter.is_floating_point())
         with torch.enable_grad(), progress("gradients", len(samples.sequences)) as bar:

@@ -5,15 +5,17 @@ feeds what, `probe` confirms by numbers what each matrix does. Attribute names d
 skeleton on meta and a loaded model have the same anatomy.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from secateur.network import probe, recognise
 from secateur.network.recognise import AttentionProposal, ExpertsProposal, FeedForwardProposal, Matrix, join
-from secateur.network.trace import Trace, trace
+from secateur.network.trace import Call, Trace, trace
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ class Slice:
         return (self.offset + units[:, None] * self.width + torch.arange(self.width, device=units.device)).flatten()
 
 
-Axis = Literal["heads", "queries", "neurons"]
-AXES: tuple[Axis, ...] = ("heads", "queries", "neurons")
+Axis = Literal["heads", "queries", "neurons", "experts"]
+AXES: tuple[Axis, ...] = ("heads", "queries", "neurons", "experts")
+COLUMN_AXES: tuple[Axis, ...] = ("heads", "queries", "neurons")
+"""Units that are inputs of a matrix; experts are whole layers, known by what the router says of them."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,11 @@ class Group:
     """The units of one kind in one block, with everything that must be cut together.
 
     axis: "neurons" of the feed-forward layer; "heads" of attention, where those that share keys and values are one unit;
-    "queries": single query heads, where several share keys and values.
-    inputs: what makes the units, weights and biases. output: the matrix that reads them, along its inputs; its bias,
-    output_bias, is not per unit and stays whole. sets: the units lie in so many equal runs, of which each must keep as many.
+    "queries": single query heads, where several share keys and values; "experts" of a mixture. inputs: what makes the
+    units, weights and biases. output: the matrix that reads them, along its inputs; its bias, output_bias, is not per unit
+    and stays whole. Of experts, inputs hold all their weights and output is the router's matrix, along its outputs. sets:
+    the units lie in so many equal runs, of which each must keep as many. buffers: learned vectors with a number for each
+    unit that are no parameters.
     """
 
     axis: Axis
@@ -52,6 +58,7 @@ class Group:
     output: Slice
     output_bias: str | None
     sets: int = 1
+    buffers: tuple[str, ...] = ()
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -125,12 +132,18 @@ class Attention:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of `count` experts, each a feed-forward layer of `width` units; `router` is its scoring parameter."""
+    """A mixture of `count` experts, each a feed-forward layer of `width` units; `router` is its scoring parameter.
+
+    chosen: how many of them each token goes to, None where that could not be seen. group: the experts as units, None where
+    they do not lie together in one tensor, or have no router.
+    """
 
     module: str
     count: int
     width: int
     router: str | None
+    chosen: int | None = None
+    group: Group | None = None
 
 
 @dataclass(frozen=True)
@@ -157,11 +170,10 @@ class Block:
 
     def group(self, axis: Axis) -> Group | None:
         """Its units of that kind, None where there are none or they were not recognised."""
-        if axis == "neurons":
-            return self.feed_forward.group if self.feed_forward else None
-        if self.attention is None:
-            return None
-        return self.attention.group if axis == "heads" else self.attention.queries
+        if axis == "queries":
+            return self.attention.queries if self.attention else None
+        part = {"neurons": self.feed_forward, "heads": self.attention, "experts": self.experts}[axis]
+        return part.group if part else None
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -196,6 +208,7 @@ class _Finding:
     norm: tuple[str, str | None, str | None] | None
     attention: tuple[AttentionProposal, probe.AttentionRoles] | None
     experts: ExpertsProposal | None
+    chosen: int | None
     kind: str
     parallel: bool | None
     note: str
@@ -295,7 +308,15 @@ def _examine(block: nn.Module, seen: Trace, hidden: int, config: Any) -> _Findin
     if attention and given is not None:
         depends = seen.depends(given, attention[0].host or attention[0].output.module, hidden)
         parallel = None if depends is None else not depends
-    return _Finding(feed_forward, norm, attention, experts, kind, parallel, " ".join(notes))
+    chosen = _chosen(seen.calls.get(experts.host)) if experts else None
+    return _Finding(feed_forward, norm, attention, experts, chosen, kind, parallel, " ".join(notes))
+
+
+def _chosen(call: Call | None) -> int | None:
+    """How many experts each token goes to, by the (tokens, chosen) indices that a bank of experts is given."""
+    given = [leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, Tensor)]
+    numbers = {leaf.shape[-1] for leaf in given if leaf.ndim > 1 and leaf.dtype in (torch.int64, torch.int32)}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def _leaves(block: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -353,7 +374,10 @@ def _block(block: nn.Module, index: int, path: str, finding: _Finding, hidden: i
     experts = None
     if finding.experts:
         router = join(path, finding.experts.router) if finding.experts.router else None
-        experts = Experts(join(path, finding.experts.host), finding.experts.count, finding.experts.width, router)
+        experts = Experts(
+            join(path, finding.experts.host), finding.experts.count, finding.experts.width, router, finding.chosen,
+            _experts(block, path, finding.experts),
+        )  # fmt: skip
     return Block(
         index=index,
         path=path,
@@ -412,6 +436,36 @@ def _attention(path: str, finding: _Finding) -> Attention | None:
         join(path, found.host), found.heads, found.kv_heads, found.head_dim, found.fused, q, k, v, output,
         _heads(path, found, roles), _queries(path, found, roles),
     )  # fmt: skip
+
+
+def _experts(block: nn.Module, path: str, found: ExpertsProposal) -> Group | None:
+    """Experts whose numbers lie in tensors with one entry for each, in the bank, the router and beside it."""
+    bank, count = block.get_submodule(found.host)._parameters, found.count
+    stacks = [name for name, p in bank.items() if p is not None]
+    if (
+        found.router is None
+        or not stacks
+        or any(block.get_parameter(join(found.host, s)).shape[0] != count for s in stacks)
+    ):
+        return None
+    # what is said of each expert beside its weights stands near the router: biases, some learned outside training
+    near = found.host.rpartition(".")[0] or found.router.rpartition(".")[0]
+    inside = {join(found.host, name) for name in stacks}
+
+    def vectors(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+        return [n for n, t in named if n.startswith(f"{near}.") and tuple(t.shape) == (count,) and n not in inside]
+
+    stored = block.state_dict()
+    inputs = [*(join(found.host, name) for name in stacks), *vectors(block.named_parameters())]
+    dim = 0 if block.get_parameter(found.router).shape[0] == count else 1
+    return Group(
+        "experts",
+        count,
+        tuple(Slice(join(path, name), 0) for name in inputs),
+        Slice(join(path, found.router), dim),
+        None,
+        buffers=tuple(join(path, name) for name in vectors(block.named_buffers()) if name in stored),
+    )
 
 
 def _heads(path: str, found: AttentionProposal, roles: probe.AttentionRoles) -> Group | None:

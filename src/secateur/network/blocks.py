@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from secateur.network.anatomy import Block
+from secateur.network.modelling_file import BLOCK, part_parameters
 from secateur.network.source import Source
 
 
@@ -23,11 +24,12 @@ class Kept:
 
 
 class BlockView:
-    """One block. Its parameters are read one by one when asked for, as float32, and not kept."""
+    """One block, or a part of one. Its parameters are read one by one when asked for, as float32, and not kept."""
 
-    def __init__(self, source: Source, block: Block, device: str = "cpu") -> None:
-        self.index, self.size = block.index, block.size
-        self._source, self._names, self._device = source, block.parameters, device
+    def __init__(self, source: Source, block: Block, device: str = "cpu", part: str = BLOCK) -> None:
+        self._source, self._names, self._device = source, part_parameters(block, part), device
+        self.index = block.index
+        self.size = sum(source.skeleton.get_parameter(name).numel() for name in self._names)
 
     def __repr__(self) -> str:
         return f"BlockView(index={self.index}, size={self.size})"
@@ -46,17 +48,25 @@ class BlockView:
                 yield self._source.parameter(name).to(self._device).float()
 
 
+def lacking(source: Source, part: str) -> frozenset[int]:
+    """The blocks that have no such part, by index."""
+    return frozenset(block.index for block in source.anatomy.blocks if not part_parameters(block, part))
+
+
 class Blocks(Sequence[BlockView]):
-    """The blocks of a network in order.
+    """The blocks of a network in order, or that part of each that may go.
 
     Args:
         remove: how many are to go.
-        protected: indices of those that must stay.
+        protected: indices of those that must stay; those without the part are added.
+        part: "block", "attention" or "feed_forward".
     """
 
-    def __init__(self, source: Source, remove: int, protected: Iterable[int] = (), device: str = "cpu") -> None:
-        self.remove, self.protected = remove, frozenset(protected)
-        self._blocks = [BlockView(source, block, device) for block in source.anatomy.blocks]
+    def __init__(
+        self, source: Source, remove: int, protected: Iterable[int] = (), device: str = "cpu", part: str = BLOCK
+    ) -> None:
+        self.remove, self.protected = remove, frozenset(protected) | lacking(source, part)
+        self._blocks = [BlockView(source, block, device, part) for block in source.anatomy.blocks]
 
     def __len__(self) -> int:
         return len(self._blocks)

@@ -4,7 +4,7 @@ Which entries of a configuration speak of single blocks, and where a stored name
 trying and comparing; no entry is known by name.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from copy import deepcopy
 from itertools import product
 from typing import Any
@@ -24,8 +24,10 @@ from secateur.network.trace import clone, describe, first_tensor, real_call, tra
 _MISSING = object()
 
 
-def blocks_to_remove(method: str, parameters: Mapping[str, Any], count: int) -> int:
+def blocks_to_remove(method: str, parameters: Mapping[str, Any], count: int, without: Set[int] = frozenset()) -> int:
     """How many of `count` blocks a step removes: `remove`, or the fraction `ratio` rounded half up, so that one is left.
+
+    without: those that have nothing more of what it removes; they do not count.
 
     Raises RequestError where that many cannot go, or `protect` names a block that is not there.
     """
@@ -33,11 +35,13 @@ def blocks_to_remove(method: str, parameters: Mapping[str, Any], count: int) -> 
     for index in sorted(protected):
         if not 0 <= index < count:
             raise RequestError(f"{method}: protect names block {index}, but there are blocks 0 to {count - 1}.")
+    protected -= without
+    count -= sum(index < count for index in without)
     remove = parameters["remove"]
     if remove is None:
         # a product that is meant to be whole or a half may fall a hair below it in binary
-        remove = min(int(parameters["ratio"] * count + 0.5 + 1e-9), count - 1)
-    if remove >= count:
+        remove = max(min(int(parameters["ratio"] * count + 0.5 + 1e-9), count - 1), 0)
+    if remove >= max(count, 1):
         raise RequestError(f"{method}: remove={remove} leaves none of {count} blocks; ask for at most {count - 1}.")
     if remove > count - len(protected):
         raise RequestError(

@@ -46,12 +46,14 @@ class BlockShape:
     Args:
         units: feed-forward neurons.
         heads, kv_heads: query heads, and the key-value heads that they share; each stays as wide as it is.
+        experts: of a mixture.
         skip: "attention" and "feed_forward", of which the block is to have nothing more.
     """
 
     units: int | None = None
     heads: int | None = None
     kv_heads: int | None = None
+    experts: int | None = None
     skip: tuple[str, ...] = ()
 
 
@@ -122,6 +124,7 @@ def _target(source: "Source", plain: Frame, block: Block, wish: BlockShape) -> B
         "units": (inner.units if inner else None, FEED_FORWARD, "feed-forward neurons"),
         "heads": (attention.heads if attention else None, ATTENTION, "attention heads"),
         "kv_heads": (attention.kv_heads if attention else None, ATTENTION, "key-value heads"),
+        "experts": (now.experts.count if now.experts else None, FEED_FORWARD, "experts"),
     }
     for name, (has, part, words) in had.items():
         want = getattr(wish, name)
@@ -154,14 +157,28 @@ def _solve(plain: Frame, block: Block, shape: BlockShape) -> tuple[dict[str, Any
     kind = plain.whole.__name__
     if shape.units and inner and shape.units != inner.units:
         narrow = dict(shapes)
-        for units in inner.group.slices:
-            name = units.parameter[len(block.path) + 1 :]
-            narrow[name] = _less(narrow[name], units.dim, inner.units - shape.units)
+        for part in inner.group.slices:
+            name = part.parameter[len(block.path) + 1 :]
+            narrow[name] = _less(narrow[name], part.dim, inner.units - shape.units)
         found = entries.find(narrow, entries.one(inner.units, shape.units))
         if found is None:
             raise RequestError(
                 f"the configuration of {kind} has no entry that sets the feed-forward width of a block, so blocks of "
                 f"differing widths ({shape.units} of {inner.units} neurons) could not be opened again; {_SAME}."
+            )
+        own |= found
+        shapes = narrow
+    mixture = block.group("experts")
+    if shape.experts and mixture and shape.experts != mixture.count:
+        narrow = dict(shapes)
+        for part in mixture.slices:
+            name = part.parameter[len(block.path) + 1 :]
+            narrow[name] = _less(narrow[name], part.dim, mixture.count - shape.experts)
+        found = entries.find(narrow, ({**own, **each} for each in entries.one(mixture.count, shape.experts)))
+        if found is None:
+            raise RequestError(
+                f"the configuration of {kind} has no entry that sets the number of experts of a block, so blocks with "
+                f"differing numbers ({shape.experts} of {mixture.count}) could not be opened again; {_SAME}."
             )
         own |= found
         shapes = narrow
@@ -183,11 +200,11 @@ def _solve(plain: Frame, block: Block, shape: BlockShape) -> tuple[dict[str, Any
             )
         own |= found
         shapes = narrow
-    for part in shape.skip:
-        paths = part_modules(block, part)
-        if not paths or tuple(plain.parts.get(part, ())) != paths:
+    for skipped in shape.skip:
+        paths = part_modules(block, skipped)
+        if not paths or tuple(plain.parts.get(skipped, ())) != paths:
             raise RequestError(
-                f"{block.path} of {kind} cannot go without its {part.replace('_', '-')}, because no module of it can be "
+                f"{block.path} of {kind} cannot go without its {skipped.replace('_', '-')}, because no module of it can be "
                 "left out alone; keep it."
             )
         shapes = {name: size for name, size in shapes.items() if not name.startswith(tuple(f"{p}." for p in paths))}

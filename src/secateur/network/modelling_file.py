@@ -6,11 +6,12 @@ and a file of these bytes is known to be harmless without asking whoever wrote i
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from string import Template
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "modeling_heterogeneous.py"
 PREFIX = "Heterogeneous"
-ATTENTION, FEED_FORWARD = "attention", "feed_forward"
+BLOCK, ATTENTION, FEED_FORWARD = "block", "attention", "feed_forward"
 # what config.json of such a model has beside the entries of its architecture
 _ENTRIES = ("per_layer_config", "auto_map", "allow_global_per_layer_attribute_access")
 # how a block of an architecture may be built
@@ -132,11 +133,18 @@ class Frame:
             modules = {paths for block in self.anatomy.blocks if (paths := part_modules(block, part))}
             if len(modules) == 1:
                 [paths] = modules
-                block = next(each for each in self.anatomy.blocks if part_modules(each, part))
+                # blocks with and without experts may stand in one model and give their outputs in different forms
+                having = [each for each in self.anatomy.blocks if part_modules(each, part)]
+                kinds = {each.experts is None: each for each in reversed(having)}.values()
                 banks = [each.experts.module for each in self.anatomy.blocks if each.experts]
-                seen = trace(self.model, {block.index: block.path}, banks)[block.index]
-                if all(path in seen.lengths and _reads_once(seen.calls[path], self.anatomy.hidden) for path in paths):
-                    found[part] = {path: seen.lengths[path] for path in paths}
+                traces = trace(self.model, {each.index: each.path for each in kinds}, banks).values()
+                lengths = [{path: seen.lengths.get(path) for path in paths} for seen in traces]
+                if all(each == lengths[0] for each in lengths) and all(
+                    path in seen.lengths and _reads_once(seen.calls[path], self.anatomy.hidden)
+                    for seen in traces
+                    for path in paths
+                ):
+                    found[part] = {path: seen.lengths[path] for seen in traces for path in paths}
         return found
 
     def render(self) -> str:
@@ -172,6 +180,9 @@ def part_modules(block: Block, part: str) -> tuple[str, ...]:
     inside = len(block.path) + 1
     if part == ATTENTION:
         return (block.attention.module[inside:],) if block.attention and block.attention.module != block.path else ()
+    if block.experts:  # with their router, and what is shared beside them
+        around = block.experts.module.rpartition(".")[0]
+        return (around[inside:],) if around != block.path else ()
     found = block.feed_forward
     if found is None:
         return ()
@@ -180,6 +191,33 @@ def part_modules(block: Block, part: str) -> tuple[str, ...]:
     # its matrices stand in the block itself, one by one: with each of them silent nothing is left to add
     names = dict.fromkeys(part.parameter for part in (found.gate, found.up, found.down) if part)
     return tuple(name[inside:].rpartition(".")[0] for name in names)
+
+
+def part_parameters(block: Block, part: str) -> tuple[str, ...]:
+    """The parameters of its attention or feed-forward, or of the whole block, by name in the model."""
+    if part == BLOCK:
+        return block.parameters
+    inside = tuple(f"{block.path}.{path}." for path in part_modules(block, part))
+    return tuple(name for name in block.parameters if inside and name.startswith(inside))
+
+
+def nothings(plain: Frame, part: str) -> dict[str, Callable[[int], nn.Module]]:
+    """What stands in the place of each module of a part that is gone, by path in the block: made for a block's index.
+
+    Raises RequestError where the architecture cannot go without it.
+    """
+    if not plain.parts.get(part):
+        raise RequestError(
+            f"blocks of {plain.whole.__name__} cannot go without their {part.replace('_', '-')}, because no module of them "
+            "can be left out alone; remove whole blocks."
+        )
+    module = ModuleType(FILE.removesuffix(".py"))
+    exec(compile(plain.render(), FILE, "exec"), module.__dict__)  # the very text that is written beside a model
+
+    def maker(outputs: int) -> Callable[[int], nn.Module]:
+        return lambda index: module.Nothing(outputs, index if part == ATTENTION else None)
+
+    return {path: maker(outputs) for path, outputs in plain.parts[part].items()}
 
 
 def frame(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> Frame | None:

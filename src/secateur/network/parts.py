@@ -59,9 +59,13 @@ def take_apart(name: str, parts: Sequence[Part], parameter: Tensor, stored: Mapp
 
     stored: the stored tensors as they are so far, at least those in which other parameters lie.
 
-    Raises RunError where a parameter that is not stored as it is has changed its shape.
+    A parameter of fewer experts, each stored apart, takes the names of the first: the others are left out.
+
+    Raises RunError where any other parameter that is not stored as it is has changed its shape.
     """
     found: dict[str, Tensor] = {}
+    if stacked(parts) and 0 < len(parameter) < _size(parts)[0]:
+        parts = [part for part in parts if _first(part) < len(parameter)]
     for part in parts:
         size = _size(parts) if part.region else part.given(stored[part.key]).shape if part.taken else parameter.shape
         if tuple(parameter.shape) != tuple(size):
@@ -77,6 +81,17 @@ def take_apart(name: str, parts: Sequence[Part], parameter: Tensor, stored: Mapp
             tensor = whole
         found[part.key] = tensor
     return found
+
+
+def stacked(parts: Sequence[Part]) -> bool:
+    """Whether every stored tensor lies in one entry of the parameter's first dimension, as experts stored apart do."""
+    return all(part.region and isinstance(part.region[0], int) and not part.taken for part in parts)
+
+
+def _first(part: Part) -> int:
+    index = part.region[0]
+    assert isinstance(index, int), "asked of stacked parts alone"
+    return index
 
 
 def _size(parts: Sequence[Part]) -> Shape:

@@ -260,7 +260,10 @@ def experts_proposal(block: nn.Module, hidden: int) -> ExpertsProposal | None:
 
 
 def _router(block: nn.Module, bank: str, count: int, hidden: int) -> str | None:
-    for name, parameter in block.named_parameters():
+    # attention may have as many outputs as there are experts, so what lies beside the bank comes first
+    beside = join(bank.rpartition(".")[0], "")
+    named = sorted(block.named_parameters(), key=lambda each: not each[0].startswith(f"{beside}."))
+    for name, parameter in named:
         if not name.startswith(bank + ".") and sorted(parameter.shape) == sorted((count, hidden)):
             return name
     return None

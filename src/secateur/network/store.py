@@ -72,13 +72,13 @@ def resized_config(source: Source, sizes: Sizes, plain: bool = False) -> dict[st
         return raw
     common = plain_config(raw)
     unsaid: list[Axis] = []
-    for axes in (("heads", "queries"), ("neurons",)):
+    together: tuple[tuple[Axis, ...], ...] = (("heads", "queries"), ("neurons",), ("experts",))
+    for axes in together:
         names = {part.parameter for b in blocks for axis in axes if (group := b.group(axis)) for part in group.slices}
-        tries: Iterator[dict[str, Any]]
-        if axes == ("neurons",):
-            tries = _widths(common, source, old["neurons"], new["neurons"], _overridden(raw))
-        else:
+        if "heads" in axes:
             tries = _heads(common, source, new, _overridden(raw))
+        else:
+            tries = _widths(common, source, old[axes[0]], new[axes[0]], _overridden(raw))
         changed = next((each for each in chain((common,), tries) if _agree(_shapes(source, each), wanted, names)), None)
         if changed is None:
             unsaid += axes
@@ -89,7 +89,7 @@ def resized_config(source: Source, sizes: Sizes, plain: bool = False) -> dict[st
     uniform = all(len(set(widths.values())) <= 1 for widths in new.values())
     if not plain and not (uniform and plain_config(raw) == raw):
         return heterogeneous_config(source, raw, {block.index: _block_shape(block, new) for block in blocks})
-    axis = next((axis for axis in unsaid if new[axis] != old[axis]), AXES[-1])
+    axis: Axis = next((axis for axis in unsaid if new[axis] != old[axis]), "neurons")
     raise RequestError(_unsaid(source, axis, old[axis], new[axis]))
 
 
@@ -102,7 +102,8 @@ def _agree(
 def _block_shape(block: Block, sizes: Sizes) -> BlockShape:
     """What a block is to have."""
     heads, kv_heads = _single_heads(block, sizes)
-    return BlockShape(units=sizes["neurons"].get(block.index), heads=heads, kv_heads=kv_heads)
+    units, experts = (sizes[axis].get(block.index) for axis in ("neurons", "experts"))
+    return BlockShape(units=units, heads=heads, kv_heads=kv_heads, experts=experts)
 
 
 def _single_heads(block: Block, sizes: Sizes) -> tuple[int | None, int | None]:
@@ -122,8 +123,11 @@ def _unsaid(source: Source, axis: Axis, old: Mapping[int, int], new: Mapping[int
     """Why these widths cannot be: a sentence."""
     architecture, values = type(source.skeleton).__name__, list(new.values())
     if len(set(values)) == 1:
-        what = "feed-forward width" if axis == "neurons" else "number of attention heads without changing their size"
-        if axis != "neurons" and (others := _sayable(source, axis, old)):
+        heads = "number of attention heads without changing their size"
+        what = {
+            "neurons": "feed-forward width", "heads": heads, "queries": heads, "experts": "number of experts alone",
+        }[axis]  # fmt: skip
+        if axis in ("heads", "queries") and (others := _sayable(source, axis, old)):
             return (
                 f"the configuration of {architecture} cannot say {values[0]} of {min(old.values())} heads, only "
                 f"{', '.join(map(str, others))}; choose for {source.spec} a ratio that leaves one of these."

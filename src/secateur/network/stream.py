@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.network.anatomy import Anatomy
+from secateur.network.checkpoint import stored_buffers
 from secateur.network.source import Source
 from secateur.network.trace import first_tensor
 
@@ -36,8 +37,11 @@ def pieces(source: Source, shard_bytes: int) -> list[Piece]:
 
     A piece holds one block, or as many neighbours as fit in `shard_bytes`: many tiny files help nobody.
     """
+    # a learned buffer goes with its block, because what is decided there may change it
+    buffers = stored_buffers(source.skeleton, source.tensors)
     blocks = [
         tuple(dict.fromkeys(key for name in block.parameters for key in source.stored_keys(name)))
+        + tuple(key for name, key in buffers.items() if name.startswith(f"{block.path}."))
         for block in source.anatomy.blocks
     ]
     inside = {key for keys in blocks for key in keys}

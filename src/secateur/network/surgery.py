@@ -74,6 +74,9 @@ def cut_module(model: nn.Module, anatomy: Anatomy, cuts: Mapping[tuple[int, Axis
     for (index, axis), cut in cuts.items():
         group = anatomy.blocks[index].group(axis)
         assert group is not None, "a cut is only planned where there are such units"
+        for name in group.buffers:
+            path, _, attribute = name.rpartition(".")
+            model.get_submodule(path)._buffers[attribute] = model.get_buffer(name).index_select(0, cut.kept)
         parameters = {part.parameter for part in group.slices} | {group.output_bias or ""} - {""}
         tensors = {name: model.get_parameter(name).detach() for name in parameters}
         for name, tensor in cut_tensors(tensors, group, cut).items():

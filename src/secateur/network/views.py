@@ -80,7 +80,8 @@ class Units:
     def makers(self) -> list[Tensor]:
         """(count, n) for each matrix that makes the units: the rows of each unit, flattened; biases are left out."""
         model = self._source.skeleton
-        return [self._rows(part) for part in self._group.inputs if model.get_parameter(part.parameter).dim() == 2]
+        vectors = 1 if self.axis != "experts" else 2  # dimensions that a bias has
+        return [self._rows(part) for part in self._group.inputs if model.get_parameter(part.parameter).dim() > vectors]
 
     @property
     def output(self) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 
+from secateur.network.anatomy import AXES
 from secateur.registry import Cut, Units, method
 
 
@@ -14,16 +15,17 @@ from secateur.registry import Cut, Units, method
     claim="none: the baseline that reads weight norms alone",
     when="after training",
     speedup="universal",
+    axes=AXES,
 )
 def magnitude_units(units: Units, *, norm: Literal["first", "all"] = "first") -> Cut:
     """Keeps the units with the largest weight norms.
 
     Args:
-        norm: first takes the unit's rows of the first matrix (gate, query); all takes the product of the norms of its rows
-            in every matrix and of its output columns.
+        norm: first takes the unit's rows of the first matrix (gate, query), of an expert all its matrices as one; all takes
+            the product of the norms of its rows in every matrix and of its output columns, of an expert its router row.
     """
     scores = [rows.norm(dim=1) for rows in units.makers]
     if norm == "first":
-        return units.best(scores[0])
+        return units.best(torch.stack(scores).norm(dim=0) if units.axis == "experts" else scores[0])
     scores.append(units.per_unit(units.output).movedim(1, 0).flatten(1).norm(dim=1))
     return units.best(torch.stack(scores).prod(dim=0))

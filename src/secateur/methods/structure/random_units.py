@@ -2,6 +2,7 @@
 
 import torch
 
+from secateur.network.anatomy import AXES
 from secateur.registry import Context, Cut, Units, method
 
 
@@ -12,6 +13,7 @@ from secateur.registry import Context, Cut, Units, method
     claim="none: the baseline every criterion is compared with",
     when="after training",
     speedup="universal",
+    axes=AXES,
 )
 def random_units(units: Units, context: Context) -> Cut:
     """Keeps units drawn uniformly without replacement."""

@@ -25,7 +25,7 @@ from secateur.network.anatomy import AXES, Axis, Block
 from secateur.network.matrices import MatrixRef, view
 from secateur.network.store import build, raw_config, resized_config
 from secateur.network.stream import Fetch, Piece
-from secateur.network.surgery import adopt_numbers, cut_module, silence_tensors
+from secateur.network.surgery import adopt_numbers, cut_module, remade, silence_tensors
 from secateur.network.verify import prompt
 from secateur.network.views import Cut, Network, Plan, Units, Update, units_of
 from secateur.solving import relative_error
@@ -243,6 +243,10 @@ class UnitStage(_CutsUnits, BlockStage):
         self._found.setdefault(ref.block, {})[axis] = cut
         entry: dict[str, Any] = {"notes": context.notes} if context.notes else {}
         names = [name for name in (group.output.parameter, group.output_bias) if name]
+        names += remade(group, cut)
+        for name in names:  # without tokens only what may change is there, and what makes units seldom does
+            if name not in loaded.working:
+                loaded.working[name] = self.source.parameter(name).to(self.device, copy=True)
         silenced = silence_tensors({name: loaded.base(name) for name in names}, group, cut)
         before = {name: loaded.base(name).clone() for name in names}
         for name, tensor in silenced.items():
@@ -255,7 +259,7 @@ class UnitStage(_CutsUnits, BlockStage):
             shift = (silenced[group.output_bias] - before[group.output_bias]).float()
         for held_out, key in ((False, "calibration_error"), (True, "held_out_error")):
             inputs = rows(ref.name, held_out)
-            if inputs is not None:
+            if inputs is not None and cut.makers is None:  # what makes units anew gives other inputs than those seen
                 entry[key] = relative_error(inputs, old, Update(new, torch.ones_like(new, dtype=torch.bool)), shift)
         return entry
 

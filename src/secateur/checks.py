@@ -50,8 +50,11 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
         sizes |= planned or {}
         if saved:
             # without a plan any narrower width shows whether the configuration can say it
+            # and what differs from block to block, one that is narrower than the others
+            differ = planned is None and not step.parameters.get("uniform", False)
             narrower: Sizes = {
-                axis: {index: max(1, units - 1) for index, units in widths.items()} for axis, widths in present.items()
+                axis: {index: units if differ and index else max(1, units - 1) for index, units in widths.items()}
+                for axis, widths in present.items()
             }
             resized_config(
                 source, {axis: _for_all(source, units) for axis, units in (sizes | (planned or narrower)).items()}

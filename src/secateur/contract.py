@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
+from secateur.calibration.silenced_flow import SilencedFlow
 from secateur.calibration.statistics import (
     CrossGram,
     GatedNorms,
@@ -71,7 +72,7 @@ UnitsFrom = Annotated[Any, "units", BeforeValidator(_other("units"))]
 
 _PatternText = Annotated[str, BeforeValidator(lambda value: str(Pattern.parse(value)))]
 _Targets = Annotated[list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-_Axes = Annotated[
+Axes = Annotated[
     list[Axis], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
 
@@ -80,7 +81,7 @@ COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
     "units": {
         "ratio": (Ratio, 0.2, "fraction of the units removed in every block, 0 ≤ ratio < 1"),
         "axis": (
-            _Axes,
+            Axes,
             ["neurons"],
             "which units: neurons of the feed-forward layer, or heads of attention (those that share keys and values go "
             "together), or a list of both",
@@ -157,6 +158,13 @@ NEEDS: dict[type, Need] = {
         "how much the loss reacts to each block's weights (the whole model in memory)",
         f"{_TEXT}, gradients",
         beside=(Blocks,),
+    ),
+    SilencedFlow: Need(
+        "any",
+        (),
+        "how much each block changes the hidden states while given units are silent (the whole model in memory)",
+        _TEXT,
+        beside=(Network,),
     ),
     Vocabulary: Need("vocabulary", (KeptTokens,), "the tokens of the model, and what each of them writes"),
     TokenCounts: Need("any", (), "how often each token occurs in the whole text", _TEXT, beside=(Vocabulary,)),

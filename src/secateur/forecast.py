@@ -14,6 +14,7 @@ from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.propagation import ACTIVATION_BYTES
 from secateur.calibration.samples import LENGTH, SELF, Calibration
+from secateur.calibration.silenced_flow import SilencedFlow
 from secateur.calibration.statistics import CrossGram
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
@@ -145,6 +146,7 @@ def _needs(
     ]
     flows = [_flow_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "blocks"]
     flows += [_unit_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "units"]
+    flows += [(0, 4 * original.anatomy.parameters) for step in steps if SilencedFlow in _asked(step)]
     extra += between * (len(steps) - 1) + sum(each.disk for each in pruning)
     extra += sum(disk for disk, _ in flows)
     beside = max([each.memory for each in pruning] + [memory for _, memory in flows], default=0)

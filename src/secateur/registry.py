@@ -22,6 +22,7 @@ from pydantic import BeforeValidator
 
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
+from secateur.calibration.silenced_flow import SilencedFlow
 from secateur.calibration.statistics import (
     INPUT_STATISTICS,
     CrossGram,
@@ -34,7 +35,7 @@ from secateur.calibration.statistics import (
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.calibration.token_counts import TokenCounts
 from secateur.context import Context
-from secateur.contract import COMMON, NEEDS, Kind, MaskFrom, Ratio, UnitsFrom
+from secateur.contract import COMMON, NEEDS, Axes, Kind, MaskFrom, Ratio, UnitsFrom
 from secateur.errors import RequestError, suggest
 from secateur.network.anatomy import AXES, Axis
 from secateur.network.blocks import Blocks, Kept
@@ -44,6 +45,7 @@ from secateur.tensor.patterns import Budget
 
 __all__ = [
     "Allocation",
+    "Axes",
     "BlockGradients",
     "Blocks",
     "Budget",
@@ -67,6 +69,7 @@ __all__ = [
     "Neurons",
     "Plan",
     "Ratio",
+    "SilencedFlow",
     "SyntheticGram",
     "TokenCounts",
     "Units",

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from secateur.block_stage import BlockStage, Loaded, errors
 from secateur.calibration.passes import Rows
-from secateur.calibration.samples import Calibration, kept_samples
+from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
+from secateur.calibration.silenced_flow import SilencedFlow
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
 from secateur.context import Context, barrier, processes
@@ -36,6 +37,7 @@ from secateur.workspace import Journal
 logger = logging.getLogger(__name__)
 
 _ABSENT = object()
+SKIP = 4  # tokens at the beginning of a sequence that do not count for units
 
 
 class _CutsUnits(Stage):
@@ -124,10 +126,24 @@ class PlanStage(_CutsUnits):
     calibration: Calibration = field(default_factory=Calibration)
 
     def seconds(self) -> float:
+        if self.step.calibrated:
+            return self._seconds_with_tokens()
         begun = time.time()
         layers = [block.index for block in self.source.anatomy.blocks if block.feed_forward]
         self._ask(Context(self.seed, self.index), layers[:1])
         return (time.time() - begun) * len(layers)
+
+    def _seconds_with_tokens(self) -> float:
+        """By one drawn sequence and by two: what both share does not grow with the tokens."""
+        positions = getattr(self.source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+        length = min(self.calibration.length or LENGTH, positions)
+        drawn = torch.randint(self.source.anatomy.vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
+        took = []
+        for count in (1, 2):
+            begun = time.time()
+            self._ask(Context(self.seed, self.index), samples=Samples(list(drawn[:count]), [], "random"))
+            took.append(time.time() - begun)
+        return took[0] + max(took[1] - took[0], 0.0) * (self.calibration.count - 1)
 
     def _prepare(self) -> None:
         self._decide_all()
@@ -142,27 +158,34 @@ class PlanStage(_CutsUnits):
 
         self._once("plan", decide)
 
-    def _ask(self, context: Context, blocks: Sequence[int] | None = None) -> Plan:
+    def _ask(self, context: Context, blocks: Sequence[int] | None = None, samples: Samples | None = None) -> Plan:
+        """What the method plans for these blocks, all by default; with these samples, by default those of the recipe."""
         registered, parameters = self.step.registered, self.step.parameters
         network: Network[Units] = Network(self.source, self.device, blocks, asked_axes(self.step))
         given: dict[type, Any] = {Network: network, Context: context}
         if self.step.calibrated:
-            given |= self._statistics(context)
+            given |= self._statistics(context, samples)
         asked = registered.asked(parameters)
         arguments = {name: given[need] if name in asked else None for name, need in registered.needs.items()}
         # gradients stay possible: weights come without them, and a method that learns takes its own
         plan: Plan = registered.function(**arguments, **self._parameters(registered, parameters))
         return plan
 
-    def _statistics(self, context: Context) -> dict[type, Any]:
+    def _statistics(self, context: Context, samples: Samples | None = None) -> dict[type, Any]:
         """What the method asks for of calibration tokens, by type, collected once and kept in the state."""
         wishes = self.calibration
         if wishes.held_out is None:  # nothing is solved on the tokens, so there is no error to see on others
             wishes = wishes.model_copy(update={"held_out": 0})
-        drawn = self._context("samples").generator("samples")
-        samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress)
+        if samples is None:
+            drawn = self._context("samples").generator("samples")
+            samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress)
         context.note("calibration", samples.describe())
-        return {}
+        found: dict[type, Any] = {}
+        if SilencedFlow in self.step.registered.asked(self.step.parameters).values():
+            found[SilencedFlow] = SilencedFlow(
+                self.source, samples, self.device, SKIP if wishes.skip is None else wishes.skip
+            )
+        return found
 
     def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any]:
         tensors = self.source.read(piece.keys)
@@ -176,7 +199,7 @@ class PlanStage(_CutsUnits):
 class UnitStage(_CutsUnits, BlockStage):
     """A step whose method sees the units of one kind in one block."""
 
-    skip = 4
+    skip = SKIP
 
     def __post_init__(self) -> None:
         self.sizes = planned_sizes(self.source, self.step) or {}

@@ -33,6 +33,9 @@ QUICK = {"prunenet": {"episodes": 3}, "layer_drop": {"metric": "perplexity"}}
 WIDTH = 128  # of 160, at ratio 0.2, a multiple of 32
 # How much goes in all, where blocks come out with different widths.
 UNEVEN = {"adapt_pruner": {"overall": 0.2, "steps": 2, "strength": 0.2, "multiple_of": 1}}
+# Stored under other names than the model's: transformers renames for its own classes, not for ours, so that a result whose
+# blocks differ does not load; the reload check says so.
+RENAMED = ("gpt_neox", "gpt_neox_sequential", *MIXTURES)
 SPARSITY = 0.37  # no whole number of weights in any row
 
 
@@ -63,6 +66,8 @@ def _cuts(method: str) -> bool:
 def _axes(method: str, name: str) -> list[str]:
     """The units that it can cut there."""
     refused = {"neurons": REFUSED, "heads": NO_HEADS}
+    if method in UNEVEN and name in RENAMED:
+        return []
     return [axis for axis in methods()[method].axes if name not in refused[axis]]
 
 

@@ -55,10 +55,11 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
         planned = planned_sizes(source, step, present)
         sizes |= planned or {}
         if saved:
-            # without a plan any narrower width shows whether the configuration can say it, or a single block's
-            uniform = step.parameters.get("uniform", True)
+            # without a plan any narrower width shows whether the configuration can say it; where blocks come out with
+            # widths of their own, one that is narrower than the others
+            differ = not step.parameters.get("uniform", planned is not None)
             narrower: Sizes = {
-                axis: {i: max(1, units - 1) if uniform or i == min(widths) else units for i, units in widths.items()}
+                axis: {index: units if differ and index else max(1, units - 1) for index, units in widths.items()}
                 for axis, widths in present.items()
             }
             resized_config(

@@ -17,6 +17,7 @@ from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.routing import Routing
+from secateur.calibration.silenced_flow import SilencedFlow
 from secateur.calibration.statistics import (
     CrossGram,
     GatedNorms,
@@ -173,6 +174,13 @@ NEEDS: dict[type, Need] = {
         "how much the loss reacts to each block's weights (the whole model in memory)",
         f"{_TEXT}, gradients",
         beside=(Blocks,),
+    ),
+    SilencedFlow: Need(
+        "any",
+        (),
+        "how much each block changes the hidden states while given units are silent (the whole model in memory)",
+        _TEXT,
+        beside=(Network,),
     ),
     Vocabulary: Need("vocabulary", (KeptTokens,), "the tokens of the model, and what each of them writes"),
     TokenCounts: Need("any", (), "how often each token occurs in the whole text", _TEXT, beside=(Vocabulary,)),

@@ -16,7 +16,7 @@ from secateur.network.routing import unchosen
 from secateur.network.source import Source
 from secateur.network.store import stored_dtype
 from secateur.network.stream import Fetch
-from secateur.network.surgery import cut_tensors, silence_tensors
+from secateur.network.surgery import cut_tensors, remade, silence_tensors
 from secateur.network.views import Cut
 
 
@@ -36,13 +36,15 @@ class Cuts:
         """Keeps a cut; one that cannot be done is refused before."""
         self.check(block, axis, cut)
         tensors = {"kept": cut.kept, "output": cut.output, "output_bias": cut.output_bias}
+        tensors |= {f"maker {place}": made for place, made in enumerate(cut.makers or ())}
         write_tensors(
             self._path(block, axis), {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
         )
 
     def read(self, block: int, axis: Axis) -> Cut:
         tensors, _ = read_tensors(self._path(block, axis))
-        return Cut(tensors["kept"], tensors.get("output"), tensors.get("output_bias"))
+        makers = tuple(tensors[f"maker {place}"] for place in range(sum(name.startswith("maker") for name in tensors)))
+        return Cut(tensors["kept"], tensors.get("output"), tensors.get("output_bias"), makers or None)
 
     def known(self) -> list[tuple[int, Axis]]:
         """What is cut, by block and in the order in which tokens meet the units."""
@@ -121,11 +123,15 @@ class Cuts:
                 if block in asked and axis == "experts":
                     tensors = {**tensors, **self._never_best(block, tensors)}
                 elif block in asked:
-                    group = self.group(block, axis)
-                    names_of = [name for name in (group.output.parameter, group.output_bias) if name in tensors]
+                    group, cut = self.group(block, axis), self.read(block, axis)
+                    names_of = [
+                        name
+                        for name in (group.output.parameter, group.output_bias, *remade(group, cut))
+                        if name in tensors
+                    ]
                     # in the dtype that is written, so that what was refitted is rounded here as it was there
                     changed = {name: tensors[name].to(self._written(tensors[name])) for name in names_of if name}
-                    tensors = {**tensors, **silence_tensors(changed, group, self.read(block, axis))}
+                    tensors = {**tensors, **silence_tensors(changed, group, cut)}
             return tensors
 
         return fetch
@@ -162,10 +168,20 @@ class Cuts:
         if axis == "experts" and (cut.output is not None or cut.output_bias is not None):
             raise RunError(f"{where}: experts have no output matrix of their own that could be given anew.")
         hidden = self._source.anatomy.hidden
-        for name, tensor, shape in (
+        wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
             ("output weights", cut.output, (hidden, len(kept) * group.output.width)),
             ("output bias", cut.output_bias, (hidden,)),
-        ):
+        ]
+        if cut.makers is not None:
+            if len(cut.makers) != len(group.inputs):
+                raise RunError(
+                    f"{where}: {len(cut.makers)} tensors make the {axis} that were kept, not {len(group.inputs)}."
+                )
+            for part, made in zip(group.inputs, cut.makers, strict=True):
+                whole = self._source.skeleton.get_parameter(part.parameter)
+                inputs = () if whole.dim() == 1 else (whole.shape[1 - part.dim],)
+                wanted.append((f"values of {part.parameter}", made, (len(kept), part.width, *inputs)))
+        for name, tensor, shape in wanted:
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise RunError(f"{where}: new {name} have shape {list(tensor.shape)}, not {list(shape)}.")
             if tensor is not None and not bool(torch.isfinite(tensor).all()):

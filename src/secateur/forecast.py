@@ -16,6 +16,7 @@ from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.propagation import ACTIVATION_BYTES
 from secateur.calibration.routing import Routing
 from secateur.calibration.samples import LENGTH, SELF, Calibration
+from secateur.calibration.silenced_flow import SilencedFlow
 from secateur.calibration.statistics import CrossGram
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
@@ -160,6 +161,7 @@ def _needs(
     flows = [_flow_needs(original, step, plan.calibration) for step in passing]
     flows += [_unit_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "units"]
     flows += [_plan_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "network"]
+    flows += [(0, 4 * original.anatomy.parameters) for step in steps if SilencedFlow in _asked(step)]
     extra += between * (len(steps) - 1) + sum(each.disk for each in pruning)
     extra += sum(disk for disk, _ in flows)
     beside = max([each.memory for each in pruning] + [memory for _, memory in flows], default=0)

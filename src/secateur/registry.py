@@ -24,6 +24,7 @@ from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.routing import Routing
+from secateur.calibration.silenced_flow import SilencedFlow
 from secateur.calibration.statistics import (
     INPUT_STATISTICS,
     CrossGram,
@@ -73,6 +74,7 @@ __all__ = [
     "Plan",
     "Ratio",
     "Routing",
+    "SilencedFlow",
     "SyntheticGram",
     "TokenCounts",
     "UnitGradients",

@@ -18,6 +18,7 @@ from secateur.calibration.evaluator import Evaluator, Rehearsal
 from secateur.calibration.passes import Rows
 from secateur.calibration.routing import Routing, RoutingPass
 from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
+from secateur.calibration.silenced_flow import SilencedFlow
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
 from secateur.calibration.unit_gradients import (
@@ -34,7 +35,7 @@ from secateur.network.anatomy import AXES, Axis, Block
 from secateur.network.matrices import MatrixRef, view
 from secateur.network.store import build, raw_config, resized_config
 from secateur.network.stream import Fetch, Piece
-from secateur.network.surgery import adopt_numbers, cut_module, silence_tensors
+from secateur.network.surgery import adopt_numbers, cut_module, remade, silence_tensors
 from secateur.network.verify import prompt
 from secateur.network.views import Cut, Network, Plan, Units, Update, units_of
 from secateur.solving import relative_error
@@ -45,6 +46,7 @@ from secateur.workspace import Journal
 logger = logging.getLogger(__name__)
 
 _ABSENT = object()
+SKIP = 4  # tokens at the beginning of a sequence that do not count for units
 
 
 class _CutsUnits(Stage):
@@ -153,6 +155,13 @@ class PlanStage(_CutsUnits):
             begun = time.time()
             self._routing(Samples(list(batches[0].ids), [], "random")).run(blocks=range(first + 1))
             return (time.time() - begun) / (first + 1) * len(batches) * len(self.source.anatomy.blocks)
+        if SilencedFlow in self._asked:  # by one sequence and by two: what both share does not grow with the tokens
+            took = []
+            for count in (1, 2):
+                begun = time.time()
+                self._ask(context, statistics={SilencedFlow: self._silenced_flow(self._drawn(count))})
+                took.append(time.time() - begun)
+            return took[0] + max(took[1] - took[0], 0.0) * (self.calibration.count - 1)
         layers = [block.index for block in self.source.anatomy.blocks if block.feed_forward]
         self._ask(context, layers[:1])
         return (time.time() - begun) * len(layers)
@@ -174,6 +183,7 @@ class PlanStage(_CutsUnits):
     def _ask(
         self, context: Context, blocks: Sequence[int] | None = None, statistics: Mapping[type, Any] | None = None
     ) -> Plan:
+        """What the method plans for these blocks, all by default; with these statistics, by default those of the recipe."""
         registered, parameters = self.step.registered, self.step.parameters
         network: Network[Units] = Network(self.source, self.device, blocks, asked_axes(self.step))
         given: dict[type, Any] = {Network: network, Context: context}
@@ -202,21 +212,28 @@ class PlanStage(_CutsUnits):
             tokens = self._routing(samples)
             tokens.run(self.progress)
             found[Routing] = tokens.routing()
+        if SilencedFlow in self._asked:
+            found[SilencedFlow] = self._silenced_flow(samples)
         return found
 
     @property
     def _asked(self) -> set[type]:
         return set(self.step.registered.asked(self.step.parameters).values())
 
-    def _drawn(self) -> Samples:
+    def _drawn(self, count: int | None = None) -> Samples:
         """Drawn tokens, as many as the recipe wants of calibration."""
         positions = getattr(self.source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-        shape = (self.calibration.count, min(self.calibration.length or LENGTH, positions))
+        shape = (count or self.calibration.count, min(self.calibration.length or LENGTH, positions))
         ids = torch.randint(self.source.anatomy.vocabulary, shape, generator=self._context("tokens").generator())
         return Samples(list(ids), [], "random")
 
     def _routing(self, samples: Samples) -> RoutingPass:
         return RoutingPass(self.source, samples, self.state, getattr(torch, self.calibration.dtype), self.device)
+
+    def _silenced_flow(self, samples: Samples) -> SilencedFlow:
+        return SilencedFlow(
+            self.source, samples, self.device, SKIP if self.calibration.skip is None else self.calibration.skip
+        )
 
     def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any]:
         tensors = self.source.read(piece.keys)
@@ -230,7 +247,7 @@ class PlanStage(_CutsUnits):
 class UnitStage(_CutsUnits, BlockStage):
     """A step whose method sees the units of one kind in one block."""
 
-    skip = 4
+    skip = SKIP
 
     def __post_init__(self) -> None:
         self.sizes = planned_sizes(self.source, self.step) or {}
@@ -313,6 +330,10 @@ class UnitStage(_CutsUnits, BlockStage):
             return {"notes": context.notes} if context.notes else {}
         entry: dict[str, Any] = {"notes": context.notes} if context.notes else {}
         names = [name for name in (group.output.parameter, group.output_bias) if name]
+        names += remade(group, cut)
+        for name in names:  # without tokens only what may change is there, and what makes units seldom does
+            if name not in loaded.working:
+                loaded.working[name] = self.source.parameter(name).to(self.device, copy=True)
         silenced = silence_tensors({name: loaded.base(name) for name in names}, group, cut)
         before = {name: loaded.base(name).clone() for name in names}
         for name, tensor in silenced.items():
@@ -325,7 +346,7 @@ class UnitStage(_CutsUnits, BlockStage):
             shift = (silenced[group.output_bias] - before[group.output_bias]).float()
         for held_out, key in ((False, "calibration_error"), (True, "held_out_error")):
             inputs = rows(ref.name, held_out)
-            if inputs is not None:
+            if inputs is not None and cut.makers is None:  # what makes units anew gives other inputs than those seen
                 entry[key] = relative_error(inputs, old, Update(new, torch.ones_like(new, dtype=torch.bool)), shift)
         return entry
 

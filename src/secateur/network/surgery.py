@@ -23,7 +23,7 @@ def cut_tensors(
         tensors: parameters of the block by their name in the model, at least all that are coupled.
         group: where its units lie.
         cut: which units stay.
-        dtype: says from the old tensor in which dtype new output weights are given back.
+        dtype: says from the old tensor in which dtype new weights are given back.
 
     Raises RunError when a new weight is not finite in that dtype.
     """
@@ -34,8 +34,12 @@ def cut_tensors(
     for part in group.slices:  # a fused tensor may hold several, and what is no unit's
         everything = torch.ones(tensors[part.parameter].shape[part.dim], dtype=torch.bool)
         stays.setdefault(part.parameter, (part.dim, everything))[1][part.indices(gone)] = False
+    made = {name: tensors[name].to(dtype(tensors[name]), copy=True) for name in stays} if cut.makers is not None else {}
+    for part, new in zip(group.inputs, cut.makers or (), strict=False):
+        rows = new.flatten(0, 1).to(made[part.parameter].dtype)  # as in torch.nn.Linear, whatever is stored
+        made[part.parameter].index_copy_(part.dim, part.indices(cut.kept), rows if part.dim == 0 else rows.T)
     changed = {
-        name: tensors[name].index_select(dim, mask.nonzero().flatten().to(tensors[name].device))
+        name: (made or tensors)[name].index_select(dim, mask.nonzero().flatten().to(tensors[name].device))
         for name, (dim, mask) in stays.items()
     }
     output = group.output
@@ -54,9 +58,12 @@ def cut_tensors(
 
 
 def silence_tensors(tensors: Mapping[str, Tensor], group: Group, cut: Cut) -> dict[str, Tensor]:
-    """The output matrix and bias of the uncut block that compute what the cut one does: removed columns are zero.
+    """The tensors of the uncut block that compute what the cut one does: removed columns of the output matrix are zero, and
+    where the cut changes what makes the units, those that stay are made anew and the others as before.
 
     Shares nothing with `cut_tensors`: what it gives is what a cut is checked against.
+
+    tensors: the output matrix, its bias, and what `remade` names, in the dtype that is written.
     """
     part, old = group.output, tensors[group.output.parameter]
     columns = (cut.kept[:, None] * part.width + torch.arange(part.width)).view(-1)
@@ -66,7 +73,21 @@ def silence_tensors(tensors: Mapping[str, Tensor], group: Group, cut: Cut) -> di
     silenced = {part.parameter: torch.zeros_like(old).index_copy(part.dim, columns, new)}
     if cut.output_bias is not None and group.output_bias:
         silenced[group.output_bias] = cut.output_bias.to(tensors[group.output_bias].dtype)
+    for made, rows in zip(group.inputs if cut.makers is not None else (), cut.makers or (), strict=True):
+        whole = silenced.get(made.parameter)  # another part of a fused tensor may have been made already
+        whole = tensors[made.parameter].clone() if whole is None else whole
+        units = whole.narrow(made.dim, made.offset, group.count * made.width).unflatten(made.dim, (-1, made.width))
+        if made.dim == 0:
+            units[cut.kept] = rows.to(whole.dtype)
+        else:  # (inputs, count, rows) where a matrix is stored the other way
+            units[:, cut.kept] = rows.to(whole.dtype).movedim(2, 0)
+        silenced[made.parameter] = whole
     return silenced
+
+
+def remade(group: Group, cut: Cut) -> tuple[str, ...]:
+    """Parameters of what makes the units, where a cut changes them."""
+    return () if cut.makers is None else tuple(dict.fromkeys(part.parameter for part in group.inputs))
 
 
 def cut_module(model: nn.Module, anatomy: Anatomy, cuts: Mapping[tuple[int, Axis], Cut]) -> None:

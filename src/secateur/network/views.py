@@ -20,11 +20,14 @@ class Cut:
         kept: (k,) sorted indices of the units that stay.
         output: (hidden, k · width) new output matrix of the kept units, or None to keep their columns as they are.
         output_bias: (hidden,) new output bias, or None to keep the old one.
+        makers: what makes the kept units, new: for each of `Units.coupled` the same with k units in place of all; None to
+            keep it as it is.
     """
 
     kept: Tensor
     output: Tensor | None = None
     output_bias: Tensor | None = None
+    makers: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,16 @@ class Units:
         model = self._source.skeleton
         vectors = 1 if self.axis != "experts" else 2  # dimensions that a bias has
         return [self._rows(part) for part in self._group.inputs if model.get_parameter(part.parameter).dim() > vectors]
+
+    @property
+    def coupled(self) -> Iterator[Tensor]:
+        """Everything that makes the units, one tensor at a time in the order of `Cut.makers`: (count, rows, inputs) of a
+        matrix, (count, rows) of a bias or another vector with numbers for each unit.
+        """
+        model = self._source.skeleton
+        for part in self._group.inputs:
+            vector = model.get_parameter(part.parameter).dim() == 1
+            yield self._rows(part).view(self.count, part.width, *(() if vector else (-1,)))
 
     @property
     def output(self) -> Tensor:

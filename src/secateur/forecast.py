@@ -28,6 +28,7 @@ from secateur.run import Run, make_stage, request
 from secateur.solving import Solver
 from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
+from secateur.unit_budgets import Measure, asked_for, counted, tokens_counted
 from secateur.units import Sizes, asked_axes, output_matrices
 from secateur.vocabulary_stage import VocabularyStage
 
@@ -157,12 +158,29 @@ def _needs(
             axis: {str(block): {"kept": kept, "of": group.count} for block, (kept, group) in units.items()}
             for axis, units in cut.items()
         },
+        "budgets": [
+            {"method": step.method, "asked": asked, "allocation": _divider(step)}
+            for step in steps
+            if "axis" in step.parameters and (asked := asked_for(step))
+        ],
+        "multiply_adds": _multiply_adds(original, sizes, left) if not rows else None,
         "zeros": [{"removed": each.removed, "of": each.of, "matrices": each.matrices} for each in pruning],
         "bytes_written": written,
         "disk_needed": written + extra,
         "memory_needed": 3 * largest + 400 * 10**6 + beside,
         "output": str(output),
     }
+
+
+def _multiply_adds(source: Source, sizes: Sizes, blocks: int) -> dict[str, int]:
+    measure: Measure = "multiply_adds"
+    after = counted(source, measure, sizes, blocks)
+    return {"before": counted(source, measure), "after": after, "tokens": tokens_counted(source)}
+
+
+def _divider(step: Step) -> str | None:
+    """What divides the budget among blocks; the widths that are told are then those of blocks treated alike."""
+    return next(iter(step.parameters.get("allocation") or ()), None)
 
 
 def _rows_removed(source: Source, plan: Recipe, device: str) -> int:

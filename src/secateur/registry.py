@@ -38,6 +38,7 @@ from secateur.contract import COMMON, NEEDS, Kind, MaskFrom, Ratio, UnitsFrom
 from secateur.errors import RequestError, suggest
 from secateur.network.anatomy import AXES, Axis
 from secateur.network.blocks import Blocks, Kept
+from secateur.network.scores import ErrorCurves, UnitScores
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Neurons, Plan, Units, Update, Weight
 from secateur.network.vocabulary import KeptTokens, Vocabulary
 from secateur.tensor.patterns import Budget
@@ -50,6 +51,7 @@ __all__ = [
     "Context",
     "CrossGram",
     "Cut",
+    "ErrorCurves",
     "Flow",
     "GatedNorms",
     "Gradients",
@@ -69,6 +71,7 @@ __all__ = [
     "Ratio",
     "SyntheticGram",
     "TokenCounts",
+    "UnitScores",
     "Units",
     "UnitsFrom",
     "Update",

@@ -30,6 +30,7 @@ from secateur.network.verify import prompt
 from secateur.network.views import Cut, Network, Plan, Units, Update, units_of
 from secateur.solving import relative_error
 from secateur.stage import Stage
+from secateur.unit_budgets import asked_for, reached
 from secateur.units import asked_axes, output_matrices, planned_sizes
 from secateur.workspace import Journal
 
@@ -46,7 +47,10 @@ class _CutsUnits(Stage):
         return Cuts(self.source, self.state / "cuts", self.step.method, self.dtype)
 
     def decided(self) -> dict[str, Any]:
-        return {"units": self.cuts.decided()}
+        return {"units": self.cuts.decided(), "budget": self._budget()}
+
+    def _budget(self) -> dict[str, Any]:
+        return {"asked": asked_for(self.step), "reached": reached(self.source, self.cuts.sizes())}
 
     def config(self) -> dict[str, Any]:
         return resized_config(self.source, self.cuts.sizes())
@@ -57,6 +61,7 @@ class _CutsUnits(Stage):
 
     def apply(self, module: nn.Module) -> None:
         self._decide_all()
+        budget = self._budget()  # before the module that its source shows has other shapes
         cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
         heads = any(axis == "heads" for _, axis in cuts)
         wanted = self._outputs(self._silenced(module)) if heads else None
@@ -75,6 +80,7 @@ class _CutsUnits(Stage):
         if wanted is not None:
             self._compare(module, wanted)
         self.notes["kept"] = {axis: {str(b): n for b, n in kept.items()} for axis, kept in self.cuts.sizes().items()}
+        self.notes["budget"] = budget
 
     def _silenced(self, module: nn.Module) -> nn.Module:
         """A copy with nothing cut, and what is to be cut silent."""
@@ -205,11 +211,12 @@ class UnitStage(_CutsUnits, BlockStage):
         return time.time() - begun + super().seconds()
 
     def decided(self) -> dict[str, Any]:
-        units = super().decided()["units"]
+        told = super().decided()
+        units = told["units"]
         for name, entry in self.settled.items():
             axis, block = self._axes[name], next(index for index, refs in self.refs.items() if _named(refs, name))
             units[axis][str(block)] |= entry
-        return {"units": units}
+        return told
 
     def _prepare(self) -> None:
         self._collect()

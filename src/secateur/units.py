@@ -9,9 +9,7 @@ from secateur.network.matrices import MatrixRef
 from secateur.network.source import Source
 from secateur.network.widths import round_width
 from secateur.recipe import Step
-
-Sizes = dict[Axis, dict[int, int]]
-"""How many units of each kind there are, by block."""
+from secateur.unit_budgets import Sizes, budgeted_sizes, measure_of
 
 
 def asked_axes(step: Step) -> tuple[Axis, ...]:
@@ -64,8 +62,13 @@ def wanted_ratio(parameters: Mapping[str, Any]) -> float:
     return max([parameters["ratio"], *(parameters.get("ratios") or [])]) if "ratio" in parameters else 1.0
 
 
-def planned_sizes(source: Source, step: Step, present: Sizes | None = None) -> Sizes | None:
-    """Units kept of those `present`, from a step's `ratio`, `ratios` and `multiple_of`; None if it has none.
+def planned_sizes(
+    source: Source, step: Step, present: Sizes | None = None, before: Sizes | None = None
+) -> Sizes | None:
+    """Units kept of those `present`, from a step's `ratio`, `ratios`, `of`, `target` and `multiple_of`; None if it has none.
+
+    before: what earlier steps leave of units of any kind. Where an allocation divides the budget, this is what each block
+    would keep without it.
 
     Raises RequestError when a width cannot be.
     """
@@ -73,6 +76,10 @@ def planned_sizes(source: Source, step: Step, present: Sizes | None = None) -> S
     parameters = step.parameters
     if "ratio" not in parameters:
         return None
+    if parameters.get("ratios") and parameters.get("allocation"):
+        raise RequestError(f"{step.method}: give either ratios or an allocation: both say what each block keeps.")
+    if measure_of(step):
+        return budgeted_sizes(source, step, present, before or {})
     planned: Sizes = {}
     for axis, units in present.items():
         ratios = parameters.get("ratios") or [parameters["ratio"]] * len(units)

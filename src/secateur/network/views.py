@@ -42,7 +42,8 @@ class Units:
         group: where the units lie.
         keep: how many are to stay; None where the method decides.
 
-    count: how many there are. width: columns of the output matrix, and inputs of it, that each of them has.
+    count: how many there are. width: columns of the output matrix, and inputs of it, that each of them has. scores: (count,)
+    those by which a method has chosen the best, None before.
     """
 
     def __init__(self, source: Source, block: int, group: Group, keep: int | None = None, device: str = "cpu") -> None:
@@ -50,6 +51,7 @@ class Units:
         self.hidden = source.anatomy.hidden
         self._keep = keep
         self._source, self._device, self._group = source, device, group
+        self.scores: Tensor | None = None
         self.name = f"block {block}, {group.axis}"
 
     def __repr__(self) -> str:
@@ -94,6 +96,7 @@ class Units:
 
     def best(self, scores: Tensor) -> Cut:
         """Keeps the units with the highest of (count,) scores, among equals the first."""
+        self.scores = scores
         return Cut(scores.argsort(descending=True, stable=True)[: self.keep].sort().values)
 
     def _whole(self, parameter: str) -> Tensor:
@@ -200,10 +203,11 @@ class Update:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How much each matrix is to lose.
+    """How much each matrix, or each block's units of one kind, is to lose.
 
     Args:
         remove: number of weights (of tiles, where the pattern removes tiles) by matrix; they sum to what was asked for.
+            Of units how many go, by the name of the units.
     """
 
     remove: Mapping[str, int] = field(default_factory=dict)

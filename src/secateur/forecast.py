@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.propagation import ACTIVATION_BYTES
 from secateur.calibration.samples import LENGTH, SELF, Calibration
-from secateur.calibration.statistics import CrossGram
+from secateur.calibration.statistics import CrossGram, Gram
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
 from secateur.network.depth import blocks_to_remove
@@ -24,10 +24,12 @@ from secateur.network.store import stored_dtype
 from secateur.network.stream import pieces
 from secateur.network.vocabulary import token_rows
 from secateur.recipe import Recipe, Step
+from secateur.registry import ErrorCurves
 from secateur.run import Run, make_stage, request
 from secateur.solving import Solver
 from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
+from secateur.unit_allocation import divider
 from secateur.unit_budgets import Measure, asked_for, counted, tokens_counted
 from secateur.units import Sizes, asked_axes, output_matrices
 from secateur.vocabulary_stage import VocabularyStage
@@ -159,7 +161,7 @@ def _needs(
             for axis, units in cut.items()
         },
         "budgets": [
-            {"method": step.method, "asked": asked, "allocation": _divider(step)}
+            {"method": step.method, "asked": asked, "allocation": method.name if (method := divider(step)) else None}
             for step in steps
             if "axis" in step.parameters and (asked := asked_for(step))
         ],
@@ -176,11 +178,6 @@ def _multiply_adds(source: Source, sizes: Sizes, blocks: int) -> dict[str, int]:
     measure: Measure = "multiply_adds"
     after = counted(source, measure, sizes, blocks)
     return {"before": counted(source, measure), "after": after, "tokens": tokens_counted(source)}
-
-
-def _divider(step: Step) -> str | None:
-    """What divides the budget among blocks; the widths that are told are then those of blocks treated alike."""
-    return next(iter(step.parameters.get("allocation") or ()), None)
 
 
 def _rows_removed(source: Source, plan: Recipe, device: str) -> int:
@@ -261,16 +258,20 @@ class _Pruning:
 
 
 def _pass_needs(
-    source: Source, solver: Solver, wishes: Calibration, targets: Mapping[int, Sequence[MatrixRef]]
+    source: Source,
+    solver: Solver,
+    wishes: Calibration,
+    targets: Mapping[int, Sequence[MatrixRef]],
+    kinds: Set[type] = frozenset(),
 ) -> tuple[int, int]:
-    """Disk and memory that calibration tokens take on their way to these matrices."""
+    """Disk and memory that calibration tokens take on their way to these matrices; `kinds` are collected beside."""
     positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, positions)
     width = getattr(torch, wishes.dtype).itemsize
     copies = 2 if CrossGram in solver.statistics else 1
     disk = 8 * tokens + 2 * copies * tokens * source.anatomy.hidden * width
     # matrices that share their input are counted one by one, because headers do not say which do
-    grams = any("gram" in kind.wants for kind in solver.statistics)  # type: ignore[attr-defined]
+    grams = any("gram" in kind.wants for kind in solver.statistics | kinds)  # type: ignore[attr-defined]
     sums = max(sum(4 * ref.columns ** (2 if grams else 1) for ref in refs) for refs in targets.values())
     memory = copies * sums + 4 * ACTIVATION_BYTES
     if wishes.sequential:
@@ -287,9 +288,12 @@ def _unit_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, i
     if SyntheticGram in solver.needs:
         layers = [block.feed_forward for block in source.anatomy.blocks if block.feed_forward]
         disk += sum(SyntheticGram.bytes(layer.units) for layer in layers)
-    if not solver.statistics:
+    kinds, method = solver.statistics, divider(step)
+    if method is not None and ErrorCurves in method.needs.values():
+        kinds = kinds | {Gram}
+    if not kinds:
         return disk, 0
-    more, memory = _pass_needs(source, solver, wishes, targets)
+    more, memory = _pass_needs(source, solver, wishes, targets, kinds)
     if wishes.data == SELF:
         memory = max(memory, 4 * source.anatomy.parameters)
     return disk + more, memory

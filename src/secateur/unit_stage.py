@@ -3,7 +3,8 @@
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.block_stage import BlockStage, Loaded, errors
-from secateur.calibration.passes import Rows
+from secateur.calibration.passes import Passes, Rows
 from secateur.calibration.samples import Calibration, kept_samples
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
@@ -30,7 +31,9 @@ from secateur.network.verify import prompt
 from secateur.network.views import Cut, Network, Plan, Units, Update, units_of
 from secateur.solving import relative_error
 from secateur.stage import Stage
-from secateur.unit_budgets import asked_for, reached
+from secateur.unit_allocation import allocated, divider
+from secateur.unit_budgets import Sizes, asked_for, reached
+from secateur.unit_scores import score_units
 from secateur.units import asked_axes, output_matrices, planned_sizes
 from secateur.workspace import Journal
 
@@ -208,7 +211,9 @@ class UnitStage(_CutsUnits, BlockStage):
     def seconds(self) -> float:
         begun = time.time()
         self._collect()
-        return time.time() - begun + super().seconds()
+        # scores are taken in a walk of their own, which is no longer than that in which units are cut
+        walks = 2 if (method := divider(self.step)) and method.scope == "widths" else 1
+        return time.time() - begun + super().seconds() * walks
 
     def decided(self) -> dict[str, Any]:
         told = super().decided()
@@ -220,7 +225,47 @@ class UnitStage(_CutsUnits, BlockStage):
 
     def _prepare(self) -> None:
         self._collect()
+        self._allocate()
         super()._prepare()
+
+    def _allocate(self) -> None:
+        """Divides the budget among the blocks, once; without an allocation all are treated alike."""
+        if divider(self.step) is None:
+            return
+        if self.step.calibrated:
+            self.notes["calibration"] = self._samples().describe()
+
+        def decide(context: Context) -> dict[str, Any]:
+            alike: Sizes = self.sizes
+            scored = lambda: score_units(self, self._samples)  # noqa: E731
+            return {"widths": allocated(self.source, self.step, alike, context, scored, self.device)}
+
+        widths = self._once("allocation", decide)["widths"]
+        self.sizes = {axis: {int(block): kept for block, kept in units.items()} for axis, units in widths.items()}
+
+    def units(self, block: int, axis: Axis) -> Units:
+        """The units of a block, and how many of them are to stay."""
+        return units_of(self.source, block, axis, self.sizes[axis][block], self.device)
+
+    def given(self, units: Units, context: Context) -> dict[type, Any]:
+        """What a method may ask for of these units, beside what is said of their inputs."""
+        given: dict[type, Any] = {Units: units, Context: context}
+        if SyntheticGram in self.solver.needs:
+            given[SyntheticGram] = SyntheticGram.read(self._gram(units.block))
+        return given
+
+    def context(self, folder: str) -> Context:
+        return self._context(folder)
+
+    @contextmanager
+    def running(self, block: Block, passes: Passes) -> Iterator[dict[str, Tensor]]:
+        """A block's weights, by name, in its modules, for tokens to pass through."""
+        self._passes = passes
+        try:
+            with self._loaded(block, set()) as loaded:
+                yield loaded.working
+        finally:
+            self._passes = None
 
     def _conclude(self, entries: Sequence[Mapping[str, Any]]) -> None:
         super()._conclude(entries)
@@ -237,10 +282,8 @@ class UnitStage(_CutsUnits, BlockStage):
     ) -> dict[str, Any]:
         axis = self._axes[ref.parameter]
         group = self.cuts.group(ref.block, axis)
-        units = units_of(self.source, ref.block, axis, self.sizes[axis][ref.block], self.device)
-        given: dict[type, Any] = {Units: units, Context: context}
-        if SyntheticGram in self.solver.needs:
-            given[SyntheticGram] = SyntheticGram.read(self._gram(ref.block))
+        units = self.units(ref.block, axis)
+        given = self.given(units, context)
         if self.solver.statistics and not seen.tokens:
             raise RunError(f"{units.name}: no calibration token reached it, so nothing is known of its units.")
         cut: Cut = self.solver.ask(given, seen, units.name)

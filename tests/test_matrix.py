@@ -55,7 +55,12 @@ def _renumbers(method: str) -> bool:
 
 def _cuts(method: str) -> bool:
     """Whether it removes neurons; the others zero or change single weights."""
-    return methods()[method].scope in ("units", "network")
+    return methods()[method].scope in ("units", "network", "widths")
+
+
+def _divides(method: str) -> bool:
+    """Whether its blocks may differ in width."""
+    return methods()[method].scope == "widths"
 
 
 def _axes(method: str, name: str) -> list[str]:
@@ -71,7 +76,7 @@ SPARED = {"dense_refit": {"targets": ["attention"]}}
 def _recipe(method: str, name: str, ids: Path) -> secateur.Recipe:
     parameters: dict = {"ratio": 0.2} if _cuts(method) or _drops(method) else {"pattern": SPARSITY}
     parameters = {} if _renumbers(method) else parameters
-    if methods()[method].scope == "units":
+    if methods()[method].scope in ("units", "widths"):
         parameters["axis"] = _axes(method, name)
     spared = SPARED.get(method, {}) if name in MIXTURES else {}
     step = {method: {**parameters, **QUICK.get(method, {}), **spared}}
@@ -107,6 +112,17 @@ def _check_cut(source: Path, axes: list[str], dense: torch.nn.Module, result: to
         assert per_neuron == int(per_neuron) >= 2 * tiny.HIDDEN, "whole neurons are gone, and nothing else"
     else:
         assert not per_neuron
+
+
+def _check_divided(output: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
+    """What all blocks together lose is what they would lose if they were alike, but for the rounding of widths."""
+    decided = json.loads((output / "secateur.json").read_text())["decisions"][0]
+    reached = decided["budget"]["reached"]["parameters"]
+    assert reached == {"before": outcome.parameters(dense), "after": outcome.parameters(result)}
+    neurons = decided["units"].get("neurons", {}).values()
+    assert all(unit["kept"] % 32 == 0 for unit in neurons)
+    if set(decided["units"]) == {"neurons"}:
+        assert sum(unit["kept"] for unit in neurons) == WIDTH * len(neurons)
 
 
 def _attention(block: Block) -> set[str]:
@@ -183,8 +199,11 @@ def test_every_method_on_every_architecture(
 
     run(first)
     dense = AutoModelForCausalLM.from_pretrained(source)
-    result = AutoModelForCausalLM.from_pretrained(first)
-    if _drops(method):
+    trust = {"trust_remote_code": True} if _divides(method) else {}
+    result = AutoModelForCausalLM.from_pretrained(first, **trust)
+    if _divides(method):
+        _check_divided(first, dense, result)
+    elif _drops(method):
         _check_dropped(first, source, dense, result)
     elif _renumbers(method):
         _check_renumbered(first, dense, result)
@@ -196,7 +215,7 @@ def test_every_method_on_every_architecture(
     words = [prompt(result.config.get_text_config().vocab_size)]
     with torch.no_grad():
         here = result.eval()(torch.tensor(words)).logits
-    torch.testing.assert_close(clean.logits(first, words), here, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(clean.logits(first, words, **trust), here, atol=1e-5, rtol=1e-5)
     tokens = result.generate(torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] > len(words[0]), "the result generates"
     if _drops(method):  # the cache is addressed by the numbers of blocks

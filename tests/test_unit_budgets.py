@@ -1,4 +1,4 @@
-"""Budgets of units in parameters and multiply-adds: counted by hand, reached as nearly as can be, refused where they cannot."""
+"""Budgets of units in parameters and multiply-adds: counted by hand, reached as nearly as can be, or refused."""
 
 import json
 from collections.abc import Callable

@@ -233,7 +233,8 @@ def _print_forecast(said: dict[str, Any]) -> None:
     if work and work["after"] != work["before"]:
         less = f"−{1 - work['after'] / work['before']:.1%}"
         console.print(
-            f"multiply-adds of {work['tokens']} tokens: {work['before']:,} → {work['after']:,} ({less})", highlight=False
+            f"multiply-adds of {work['tokens']} tokens: {work['before']:,} → {work['after']:,} ({less})",
+            highlight=False,
         )
     console.print(f"would write: {human(said['bytes_written'])} to {said['output']}", highlight=False)
     console.print(f"disk needed: {human(said['disk_needed'])}, free: {human(said['disk_free'])}", highlight=False)

@@ -188,7 +188,11 @@ NEEDS: dict[type, Need] = {
     Matrices: Need("matrices", (Allocation,), "every matrix that is to be pruned, read lazily"),
     UnitScores: Need("widths", (Allocation,), "the scores of all units of the network", "what its criterion reads"),
     ErrorCurves: Need(
-        "any", (), "what each block's output would lose, unit by unit, beside the hidden states", _TEXT, beside=(UnitScores,)
+        "any",
+        (),
+        "what each block's output would lose, unit by unit, beside the hidden states",
+        _TEXT,
+        beside=(UnitScores,),
     ),
     Blocks: Need("blocks", (Kept,), "the blocks in order, each read lazily, and how many of them are to go"),
     Flow: Need("any", (), "how much each block changes the hidden states", _TEXT, beside=(Blocks,)),

@@ -64,9 +64,9 @@ def allocated(
     else:
         found = scored()
         units = [
-            ScoredUnits(_name(axis, block), block, axis, found[_name(axis, block)][0], costs[axis, block], alike[axis][block])
+            ScoredUnits(name := _name(axis, block), block, axis, found[name][0], costs[axis, block], alike[axis][block])
             for axis, block in entries
-        ]  # fmt: skip
+        ]
         curves = {name: curve for name, (_, curve) in found.items() if curve is not None}
         given = {UnitScores: UnitScores(units, remove), ErrorCurves: ErrorCurves(curves), Context: context}
         said: Allocation = method.function(**{key: given[need] for key, need in method.needs.items()}, **parameters)
@@ -115,8 +115,8 @@ def _by_matrices(
     context: Context,
     device: str,
 ) -> dict[tuple[Axis, int], float]:
-    """The fraction of its units that each block loses: of all weights of the matrices that are coupled to them, the part that
-    an allocation made for single weights takes away.
+    """The fraction of its units that each block loses: of all weights of the matrices that are coupled to them, the part
+    that an allocation made for single weights takes away.
 
     share: of all those weights that is to go.
     """

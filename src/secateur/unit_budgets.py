@@ -62,10 +62,7 @@ def counted(
     """
     network = source.anatomy
     blocks = len(network.blocks) if blocks is None else blocks
-    if measure == "parameters":
-        total = network.parameters
-    else:
-        total = multiply_adds(source.skeleton, tokens_counted(source))
+    total = network.parameters if measure == "parameters" else multiply_adds(source.skeleton, tokens_counted(source))
     for block in network.blocks[blocks:]:
         total -= _block(source, block.index, measure)
     for axis, units in (sizes or {}).items():

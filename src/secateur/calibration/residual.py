@@ -16,9 +16,9 @@ from secateur.network.trace import first_tensor
 class Residual:
     """Sums of |stream|² over tokens, by the kind of units that add to it.
 
-    Attention adds to what the block is given. The feed-forward layer adds to what the norm before it is given, where there is
-    one that is known, else also to what the block is given. Behind a norm of its own an output is not what is added; that is
-    not looked at.
+    Attention adds to what the block is given. The feed-forward layer adds to what the norm before it is given, where one is
+    known, else to what the block is given too. Where an output passes a norm of its own, it is not what is added; that is not
+    looked at.
 
     Args:
         width: of the hidden states.

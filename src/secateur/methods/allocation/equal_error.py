@@ -1,7 +1,7 @@
 """Equal errors: every block loses as many units as cost it the same share of the stream that it adds to. OUR method.
 
-What a block adds wrongly matters beside the hidden states that it is added to: where they are long, the same error turns them
-less. The error is that of plain removal in the order of the criterion's scores, measured in the dense network on
+What a block adds wrongly matters beside the hidden states that it is added to: where they are long, the same error turns
+them less. The error is that of plain removal in the order of the criterion's scores, measured in the dense network on
 calibration tokens; a method that refits (LIAR) makes less of it, in every block. Errors of blocks do not add up in this, and
 how much later blocks make of them is not looked at.
 
@@ -43,6 +43,9 @@ def equal_error(
     found = one_threshold(network, prices, joint, limit, "equal_error")
     context.note(
         "error beside the stream",
-        {name: round(float(prices[name][count - 1].sqrt()), 6) if count else 0.0 for name, count in found.remove.items()},
+        {
+            name: round(float(prices[name][count - 1].sqrt()), 6) if count else 0.0
+            for name, count in found.remove.items()
+        },
     )
     return found

@@ -50,9 +50,7 @@ def _standardised(scores: Tensor) -> Tensor:
     return centred / spread if spread > 1e-12 * scores.abs().max() else centred * 0
 
 
-def one_threshold(
-    network: UnitScores, prices: dict[str, Tensor], joint: bool, limit: float, method: str
-) -> Allocation:
+def one_threshold(network: UnitScores, prices: dict[str, Tensor], joint: bool, limit: float, method: str) -> Allocation:
     """The cheapest units of all go; `prices` are those of each block's units in the order in which they go."""
     kinds = {each.axis for each in network}
     groups: list[tuple[list[ScoredUnits], int]] = [(list(network), network.remove)]

@@ -17,8 +17,7 @@ class Residual:
     """Sums of |stream|² over tokens, by the kind of units that add to it.
 
     Attention adds to what the block is given. The feed-forward layer adds to what the norm before it is given, where one is
-    known, else to what the block is given too. Where an output passes a norm of its own, it is not what is added; that is not
-    looked at.
+    known, else to what the block is given too. Where an output passes a norm of its own, that is not looked at.
 
     Args:
         width: of the hidden states.

@@ -64,13 +64,18 @@ def _renumbers(method: str) -> bool:
 
 def _cuts(method: str) -> bool:
     """Whether it removes neurons; the others zero or change single weights."""
-    return methods()[method].scope in ("units", "network")
+    return methods()[method].scope in ("units", "network", "widths")
+
+
+def _divides(method: str) -> bool:
+    """Whether its blocks may differ in width."""
+    return methods()[method].scope == "widths"
 
 
 def _axes(method: str, name: str) -> list[str]:
     """The units that it can cut there; query heads, which are not cut beside heads, have a test file of their own."""
     refused = {"neurons": REFUSED, "heads": NO_HEADS, "experts": set(tiny.ARCHITECTURES) - set(MIXTURES)}
-    if method in UNEVEN and name in RENAMED:
+    if (method in UNEVEN or _divides(method)) and name in RENAMED:
         return []
     return [axis for axis in methods()[method].axes if axis != "queries" and name not in refused[axis]]
 
@@ -137,6 +142,17 @@ def _check_uneven(source: Path, axes: list[str], dense: torch.nn.Module, result:
                 expected[part.parameter] += units * part.width * whole.numel() // whole.shape[part.dim]
         assert sum(lost) == round(0.2 * sum(group.count for group in groups)) > 0
     assert removed == expected, "and nothing else"
+
+
+def _check_divided(output: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
+    """What all blocks together lose is what they would lose if they were alike, but for the rounding of widths."""
+    decided = json.loads((output / "secateur.json").read_text())["decisions"][0]
+    reached = decided["budget"]["reached"]["parameters"]
+    assert reached == {"before": outcome.parameters(dense), "after": outcome.parameters(result)}
+    neurons = decided["units"].get("neurons", {}).values()
+    assert all(unit["kept"] % 32 == 0 for unit in neurons)
+    if set(decided["units"]) == {"neurons"}:
+        assert sum(unit["kept"] for unit in neurons) == WIDTH * len(neurons)
 
 
 def _attention(block: Block) -> set[str]:
@@ -213,9 +229,12 @@ def test_every_method_on_every_architecture(
 
     run(first)
     dense = AutoModelForCausalLM.from_pretrained(source)
-    code = {"trust_remote_code": method in UNEVEN}  # the file of ours that says how blocks differ
-    result = AutoModelForCausalLM.from_pretrained(first, **code)
-    if _drops(method):
+    # where blocks differ, a file of ours says how
+    trust = {"trust_remote_code": True} if method in UNEVEN or _divides(method) else {}
+    result = AutoModelForCausalLM.from_pretrained(first, **trust)
+    if _divides(method):
+        _check_divided(first, dense, result)
+    elif _drops(method):
         _check_dropped(first, source, dense, result)
     elif _renumbers(method):
         _check_renumbered(first, dense, result)
@@ -229,7 +248,7 @@ def test_every_method_on_every_architecture(
     words = [prompt(result.config.get_text_config().vocab_size)]
     with torch.no_grad():
         here = result.eval()(torch.tensor(words)).logits
-    torch.testing.assert_close(clean.logits(first, words, **code), here, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(clean.logits(first, words, **trust), here, atol=1e-5, rtol=1e-5)
     tokens = result.generate(torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] > len(words[0]), "the result generates"
     if _drops(method):  # the cache is addressed by the numbers of blocks

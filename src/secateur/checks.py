@@ -14,6 +14,7 @@ from secateur.network.vocabulary import open_vocabulary, token_rows
 from secateur.recipe import Step
 from secateur.solving import Solver
 from secateur.targets import check_targets
+from secateur.unit_budgets import measure_of
 from secateur.units import Sizes, planned_sizes, present_sizes
 
 
@@ -32,6 +33,7 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
         )
     sizes: Sizes = {}
     count = len(network.blocks)
+    other_vocabulary = False
     for step in steps:
         Solver.of(step.registered, step.parameters).check(step.parameters)
         if step.registered.scope == "blocks":
@@ -40,6 +42,7 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
             sizes = {axis: {index: n for index, n in units.items() if index < count} for axis, units in sizes.items()}
             continue
         if step.registered.scope == "vocabulary":
+            other_vocabulary = True
             token_rows(source)
             if source.tensors or source.live is not None:  # what is converted first brings its tokenizer then
                 open_vocabulary(source)
@@ -52,8 +55,12 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
             axis: sizes.get(axis) or {index: n for index, n in units.items() if index < count}
             for axis, units in present.items()
         }
-        planned = planned_sizes(source, step, present)
+        # how many parameters a smaller vocabulary leaves is not known yet, so nor are the widths of a budget in them
+        known = not (other_vocabulary and measure_of(step))
+        planned = planned_sizes(source, step, present, sizes) if known else None
         sizes |= planned or {}
+        if planned and step.parameters.get("allocation") and saved:
+            resized_config(source, {axis: _uneven(_for_all(source, axis, units)) for axis, units in planned.items()})
         if saved:
             # without a plan any narrower width shows whether the configuration can say it; where blocks come out with
             # widths of their own, one that is narrower than the others
@@ -72,6 +79,12 @@ def _for_all(source: Source, axis: Axis, units: Mapping[int, int]) -> dict[int, 
     """What the last block has also for those behind it: an earlier step removes them, but they are still in this source."""
     last = units[max(units)]
     return {block.index: units.get(block.index, last) for block in source.anatomy.blocks if block.group(axis)}
+
+
+def _uneven(units: Mapping[int, int]) -> dict[int, int]:
+    """Other widths of the same blocks, of which the first differs from the rest: whether a configuration can say such."""
+    first, count = next(iter(units.items()))
+    return {**units, first: count - 1 if count > 1 else count + 1}
 
 
 def _check_blocks(source: Source, step: Step, count: int) -> int:

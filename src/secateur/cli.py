@@ -198,12 +198,21 @@ def _print_method(card: dict[str, Any]) -> None:
 
 
 def _print_forecast(said: dict[str, Any]) -> None:
-    from secateur.report import UNITS
+    from secateur.report import UNITS, asked_line
 
+    for each in said["budgets"]:
+        console.print(f"{each['method']}: {asked_line(each['asked'])}", highlight=False)
     for axis, units in said["units"].items():
         widths = {(unit["kept"], unit["of"]) for unit in units.values()}
         cut = ", ".join(f"{of} → {kept}" for kept, of in sorted(widths))
         console.print(f"would cut: {UNITS[axis]} {cut} in {len(units)} blocks", highlight=False)
+    for each in said["budgets"]:
+        if each["allocation"]:
+            console.print(
+                f"{each['allocation']} divides this among the blocks: their widths follow from weights or data in the run, "
+                "and about as many units go in all",
+                highlight=False,
+            )
     if blocks := said["blocks"]:
         console.print(f"would remove: {blocks['of'] - blocks['kept']} of {blocks['of']} blocks", highlight=False)
     for each in said["parts"]:
@@ -225,6 +234,13 @@ def _print_forecast(said: dict[str, Any]) -> None:
     else:
         less = f"−{1 - after / said['parameters']:.1%}"
         console.print(f"parameters: {said['parameters']:,} → {after:,} ({less})", highlight=False)
+    work = said["multiply_adds"]
+    if work and work["after"] != work["before"]:
+        less = f"−{1 - work['after'] / work['before']:.1%}"
+        console.print(
+            f"multiply-adds of {work['tokens']} tokens: {work['before']:,} → {work['after']:,} ({less})",
+            highlight=False,
+        )
     console.print(f"would write: {human(said['bytes_written'])} to {said['output']}", highlight=False)
     console.print(f"disk needed: {human(said['disk_needed'])}, free: {human(said['disk_free'])}", highlight=False)
     console.print(f"memory needed: about {human(said['memory_needed'])}", highlight=False)

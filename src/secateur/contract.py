@@ -7,6 +7,7 @@ is read. One that cuts by other rules gives its parameters other names. `axis` s
 `uniform: false` that blocks are to differ as the method finds, so that no width is foretold.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -32,6 +33,7 @@ from secateur.calibration.unit_gradients import UnitGradients
 from secateur.context import Context
 from secateur.network.anatomy import Axis
 from secateur.network.blocks import Blocks, Kept
+from secateur.network.scores import ErrorCurves, UnitScores
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Plan, Units, Update, Weight
 from secateur.network.vocabulary import KeptTokens, Vocabulary
 from secateur.tensor.patterns import Budget, Pattern
@@ -40,11 +42,11 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 """Fraction of the units removed, 0 ≤ ratio < 1."""
 
 
-def _other(scope: str) -> Callable[[Any], Any]:
-    """Validates the name of another method of that scope, alone or with parameters: {name: {parameter: value}}."""
+def _other(*scopes: str) -> Callable[[Any], Any]:
+    """Validates the name of another method of one of these scopes, alone or with parameters: {name: {parameter: value}}."""
 
     def validate(value: Any) -> Any:
-        if value is None:
+        if value is None or (value == "uniform" and "widths" in scopes):
             return None
         if isinstance(value, str):
             value = {value: {}}
@@ -54,13 +56,13 @@ def _other(scope: str) -> Callable[[Any], Any]:
 
         [(name, parameters)] = value.items()
         found = find(str(name))
-        if found.scope != scope:
+        if found.scope not in scopes:
             wanted = {"matrices": "an allocation", "units": "a method that chooses units block by block"}.get(
-                scope, "a method that zeroes single weights"
+                scopes[0], "a method that zeroes single weights"
             )
             raise ValueError(f"must name {wanted}; {name} is of kind {found.kind}")
         # what the engine decides is decided once, by the step itself
-        common = COMMON.get(scope, {})
+        common = COMMON.get(found.scope, {})
         if taken := [key for key in parameters or {} if key in common]:
             raise ValueError(f"takes no {taken[0]} for {name}: what the step itself says counts for both")
         return {name: {key: entry for key, entry in found.validate(parameters or {}).items() if key not in common}}
@@ -74,8 +76,21 @@ MaskFrom = Annotated[Any, "mask", BeforeValidator(_other("weight"))]
 UnitsFrom = Annotated[Any, "units", BeforeValidator(_other("units"))]
 """Another method whose choice of units is used: the engine asks it first and hands in the (k,) indices kept, or None."""
 
+
+def count_of(value: Any) -> Any:
+    """A number of parameters or multiply-adds as a person writes it: 100000000, 100e6, "100M", "1.5B"."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?) *([kmgbt]?)", str(value).lower().replace("_", ""))
+    powers = {"": 0, "k": 3, "m": 6, "g": 9, "b": 9, "t": 12}
+    if match is None or (count := round(float(match[1]) * 10 ** powers[match[2]])) < 1:
+        raise ValueError('must be a positive number, such as 100e6 or "100M"')
+    return count
+
+
 _PatternText = Annotated[str, BeforeValidator(lambda value: str(Pattern.parse(value)))]
 _Targets = Annotated[list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+_Target = Annotated[int | None, BeforeValidator(count_of)]
 Axes = Annotated[
     list[Axis], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
@@ -84,7 +99,19 @@ Axes = Annotated[
 # Parameters that the engine adds to every method of a scope, and decides by: {scope: {name: (type, default, help)}}.
 COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
     "units": {
-        "ratio": (Ratio, 0.2, "fraction of the units removed in every block, 0 ≤ ratio < 1"),
+        "ratio": (Ratio, 0.2, "fraction removed, 0 ≤ ratio < 1: of the units in every block, or as `of` says"),
+        "of": (
+            Literal["units", "parameters", "multiply_adds"],
+            "units",
+            "what `ratio` is a fraction of: the units of every block, or all parameters or multiply-adds of the model; the "
+            "nearest that can be reached with one ratio for all blocks is taken",
+        ),
+        "target": (
+            _Target,
+            None,
+            'how many parameters (multiply-adds where `of` says so) the model is to have, such as 100e6 or "100M"; counts '
+            "before `ratio`",
+        ),
         "axis": (
             Axes,
             ["neurons"],
@@ -97,6 +124,12 @@ COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
             Annotated[int, Field(ge=1)],
             32,
             "the neurons kept are rounded to the nearest multiple of this where the ratio allows it; 1 for none",
+        ),
+        "allocation": (
+            Annotated[Any, BeforeValidator(_other("matrices", "widths"))],
+            None,
+            "a method that divides the budget among the blocks, such as flap_search or alphapruning: blocks then differ in "
+            "width, and the result needs trust_remote_code; default uniform",
         ),
     },
     "weight": {
@@ -120,6 +153,11 @@ COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
 COMMON["matrices"] = {
     **{name: COMMON["weight"][name] for name in ("pattern", "targets")},
     "apply": (MaskFrom, "magnitude", "the method that prunes with this allocation"),
+}
+
+COMMON["widths"] = {
+    **{name: entry for name, entry in COMMON["units"].items() if name not in ("ratios", "allocation")},
+    "apply": (UnitsFrom, "wanda_units", "the method that cuts with this allocation, and whose scores are compared"),
 }
 
 COMMON["blocks"] = {
@@ -151,7 +189,7 @@ class Need:
     beside: other types, without one of which it may not be asked for; that one says of what this one is.
     """
 
-    scope: Literal["network", "units", "weight", "matrices", "blocks", "vocabulary", "any"]
+    scope: Literal["network", "units", "weight", "matrices", "widths", "blocks", "vocabulary", "any"]
     returns: tuple[type, ...]
     what: str
     data: str = ""
@@ -165,6 +203,14 @@ NEEDS: dict[type, Need] = {
     Units: Need("units", (Cut,), "the units of one kind in one block"),
     Weight: Need("weight", (Mask, Update), "one matrix"),
     Matrices: Need("matrices", (Allocation,), "every matrix that is to be pruned, read lazily"),
+    UnitScores: Need("widths", (Allocation,), "the scores of all units of the network", "what its criterion reads"),
+    ErrorCurves: Need(
+        "any",
+        (),
+        "what each block's output would lose, unit by unit, beside the hidden states",
+        _TEXT,
+        beside=(UnitScores,),
+    ),
     Blocks: Need("blocks", (Kept,), "the blocks in order, each read lazily, and how many of them are to go"),
     Flow: Need("any", (), "how much each block changes the hidden states", _TEXT, beside=(Blocks,)),
     LossWithout: Need("any", (), "the loss without each block", _TEXT, beside=(Blocks,)),

@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from secateur.calibration.propagation import ACTIVATION_BYTES
 from secateur.calibration.routing import Routing
 from secateur.calibration.samples import LENGTH, SELF, Calibration
 from secateur.calibration.silenced_flow import SilencedFlow
-from secateur.calibration.statistics import CrossGram
+from secateur.calibration.statistics import CrossGram, Gram
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
 from secateur.network.blocks import lacking
@@ -29,10 +29,13 @@ from secateur.network.store import stored_dtype
 from secateur.network.stream import pieces
 from secateur.network.vocabulary import token_rows
 from secateur.recipe import Recipe, Step
+from secateur.registry import ErrorCurves
 from secateur.run import Run, make_stage, request
 from secateur.solving import Solver
 from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
+from secateur.unit_allocation import divider
+from secateur.unit_budgets import Measure, asked_for, counted, tokens_counted
 from secateur.units import Sizes, asked_axes, output_matrices
 from secateur.vocabulary_stage import VocabularyStage
 
@@ -175,12 +178,24 @@ def _needs(
             axis: {str(block): {"kept": kept, "of": group.count} for block, (kept, group) in units.items()}
             for axis, units in cut.items()
         },
+        "budgets": [
+            {"method": step.method, "asked": asked, "allocation": method.name if (method := divider(step)) else None}
+            for step in steps
+            if "axis" in step.parameters and (asked := asked_for(step))
+        ],
+        "multiply_adds": _multiply_adds(original, sizes, left) if not rows else None,
         "zeros": [{"removed": each.removed, "of": each.of, "matrices": each.matrices} for each in pruning],
         "bytes_written": written,
         "disk_needed": written + extra,
         "memory_needed": 3 * largest + 400 * 10**6 + beside,
         "output": str(output),
     }
+
+
+def _multiply_adds(source: Source, sizes: Sizes, blocks: int) -> dict[str, int]:
+    measure: Measure = "multiply_adds"
+    after = counted(source, measure, sizes, blocks)
+    return {"before": counted(source, measure), "after": after, "tokens": tokens_counted(source)}
 
 
 def _rows_removed(source: Source, plan: Recipe, device: str) -> int:
@@ -278,16 +293,20 @@ class _Pruning:
 
 
 def _pass_needs(
-    source: Source, solver: Solver, wishes: Calibration, targets: Mapping[int, Sequence[MatrixRef]]
+    source: Source,
+    solver: Solver,
+    wishes: Calibration,
+    targets: Mapping[int, Sequence[MatrixRef]],
+    kinds: Set[type] = frozenset(),
 ) -> tuple[int, int]:
-    """Disk and memory that calibration tokens take on their way to these matrices."""
+    """Disk and memory that calibration tokens take on their way to these matrices; `kinds` are collected beside."""
     positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, positions)
     width = getattr(torch, wishes.dtype).itemsize
     copies = 2 if CrossGram in solver.statistics else 1
     disk = 8 * tokens + 2 * copies * tokens * source.anatomy.hidden * width
     # matrices that share their input are counted one by one, because headers do not say which do
-    grams = any("gram" in kind.wants for kind in solver.statistics)  # type: ignore[attr-defined]
+    grams = any("gram" in kind.wants for kind in solver.statistics | kinds)  # type: ignore[attr-defined]
     sums = max(sum(4 * ref.columns ** (2 if grams else 1) for ref in refs) for refs in targets.values())
     memory = copies * sums + 4 * ACTIVATION_BYTES
     if wishes.sequential:
@@ -304,14 +323,17 @@ def _unit_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, i
     if SyntheticGram in solver.needs:
         layers = [block.feed_forward for block in source.anatomy.blocks if block.feed_forward]
         disk += sum(SyntheticGram.bytes(layer.units) for layer in layers)
+    kinds, method = solver.statistics, divider(step)
+    if method is not None and ErrorCurves in method.needs.values():
+        kinds = kinds | {Gram}
     more = memory = 0
-    if solver.statistics:
-        more, memory = _pass_needs(source, solver, wishes, targets)
+    if kinds:
+        more, memory = _pass_needs(source, solver, wishes, targets, kinds)
     if solver.gradients:
         groups = [group for block in source.anatomy.blocks for axis in asked_axes(step) if (group := block.group(axis))]
         names = {part.parameter for group in groups for part in group.slices}
         coupled = sum(source.skeleton.get_parameter(name).numel() for name in names)
         memory = max(memory, 4 * source.anatomy.parameters + 8 * coupled)
-    if solver.calibrated and wishes.data == SELF:
+    if step.calibrated and wishes.data == SELF:
         memory = max(memory, 4 * source.anatomy.parameters)
     return disk + more, memory

@@ -13,7 +13,7 @@ from secateur.calibration.samples import SELF, Calibration, read_entries
 from secateur.contract import COMMON, NEEDS
 from secateur.errors import RequestError, suggest
 from secateur.files import sha256
-from secateur.registry import Method, find, message
+from secateur.registry import ErrorCurves, Method, find, message
 from secateur.solving import Solver
 
 
@@ -34,7 +34,15 @@ class Step(BaseModel):
         """Whether it learns from text, itself or through a method that it names."""
         if self.registered.scope in ("network", "blocks", "vocabulary"):
             return any(NEEDS[need].data for need in self.registered.asked(self.parameters).values())
-        return self.registered.scope in ("weight", "units") and Solver.of(self.registered, self.parameters).calibrated
+        if self.registered.scope not in ("weight", "units"):
+            return False
+        return Solver.of(self.registered, self.parameters).calibrated or self._compares_errors
+
+    @property
+    def _compares_errors(self) -> bool:
+        """Whether its allocation reads text, whatever its method does."""
+        divider = next(iter(self.parameters.get("allocation") or ()), None)
+        return divider is not None and ErrorCurves in find(divider).needs.values()
 
     def plain(self) -> dict[str, Any]:
         """As it is written in a recipe: {method: {parameter: value}}, in plain data."""
@@ -251,7 +259,7 @@ def _changed(method: str, parameters: dict[str, Any], where: str, name: str, val
     if parameters.get("allocation"):
         [(divider, own)] = parameters["allocation"].items()
         if name == "apply":
-            common = {key: parameters[key] for key in COMMON["matrices"] if key in parameters}
+            common = {key: parameters[key] for key in COMMON[find(divider).scope] if key in parameters}
             return divider, {**own, **common, "apply": value}
         if name in find(divider).own and (where == divider or name not in find(method).own):
             return method, {**parameters, "allocation": {divider: {**own, name: value}}}
@@ -270,11 +278,12 @@ def _step(entry: Any) -> Step:
         raise RequestError(f"the parameters of step '{name}' must be a mapping, not {parameters!r}.")
     method = find(str(name))
     read = method.validate(parameters or {})
-    if method.scope == "matrices":
+    if method.scope in ("matrices", "widths"):
         # an allocation prunes nothing by itself: it is written as a setting of the method that does
-        own = {key: value for key, value in read.items() if key not in COMMON["matrices"]}
+        own = {key: value for key, value in read.items() if key not in COMMON[method.scope]}
         [(name, given)] = read["apply"].items()
-        settings = {key: read[key] for key in COMMON["weight"] if key in read} | {"allocation": {method.name: own}}
+        common = COMMON["weight" if method.scope == "matrices" else "units"]
+        settings = {key: read[key] for key in common if key in read} | {"allocation": {method.name: own}}
         return Step(method=name, parameters=find(name).validate({**given, **settings}))
     return Step(method=method.name, parameters=read)
 

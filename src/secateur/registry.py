@@ -42,6 +42,7 @@ from secateur.contract import COMMON, NEEDS, Axes, Kind, MaskFrom, Ratio, UnitsF
 from secateur.errors import RequestError, suggest
 from secateur.network.anatomy import COLUMN_AXES, Axis
 from secateur.network.blocks import Blocks, Kept
+from secateur.network.scores import ErrorCurves, UnitScores
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Neurons, Plan, Units, Update, Weight
 from secateur.network.vocabulary import KeptTokens, Vocabulary
 from secateur.tensor.patterns import Budget
@@ -55,6 +56,7 @@ __all__ = [
     "Context",
     "CrossGram",
     "Cut",
+    "ErrorCurves",
     "Evaluator",
     "Flow",
     "GatedNorms",
@@ -78,6 +80,7 @@ __all__ = [
     "SyntheticGram",
     "TokenCounts",
     "UnitGradients",
+    "UnitScores",
     "Units",
     "UnitsFrom",
     "Update",

@@ -84,13 +84,35 @@ def summary(receipt: Mapping[str, Any]) -> list[str]:
             kept, of = (sum(unit[key] for unit in units.values()) for key in ("kept", "of"))
             each = sorted({(unit["kept"], unit["of"]) for unit in units.values()})
             alike = f"{each[0][0]} of {each[0][1]} in each of {len(units)} blocks"
+            differing = f"differing widths ({each[0][0]} to {each[-1][0]} in {len(units)} blocks)"
             lines.append(
-                f"{decision['method']}: {UNITS[axis]} {alike if len(each) == 1 else 'differing widths'}, "
+                f"{decision['method']}: {UNITS[axis]} {alike if len(each) == 1 else differing}, "
                 f"{1 - kept / of:.1%} removed"
             )
         if not decision["units"]:
             lines.append(f"{decision['method']}: nothing was cut")
+        elif budget := decision.get("budget"):
+            lines.append(f"{decision['method']}: {budget_line(budget)}")
     return lines
+
+
+def asked_line(asked: Mapping[str, Any]) -> str:
+    """A budget as it was asked for, in words."""
+    of = asked["of"].replace("_", "-")
+    if "target" in asked:
+        return f"asked for {asked['target']:,} {of}"
+    return f"asked for {_brief(asked['ratio'])} of the {of} less" if "ratio" in asked else "asked for ratios of its own"
+
+
+def budget_line(budget: Mapping[str, Any]) -> str:
+    """What was asked for and what was reached."""
+    reached = [
+        f"{name.replace('_', '-')} {told['before']:,} → {told['after']:,} (−{1 - told['after'] / told['before']:.1%})"
+        for name, told in budget["reached"].items()
+        if name != "units"
+    ]
+    said = f"reached {', '.join(reached)} for {budget['reached']['multiply_adds']['tokens']} tokens"
+    return f"{asked_line(budget['asked'])}, {said}" if budget["asked"] else said
 
 
 def _blocks_line(method: str, blocks: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.block_stage import BlockStage, Loaded, errors
 from secateur.calibration.evaluator import Evaluator, Rehearsal
-from secateur.calibration.passes import Rows
+from secateur.calibration.passes import Passes, Rows
 from secateur.calibration.routing import Routing, RoutingPass
 from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
 from secateur.calibration.silenced_flow import SilencedFlow
@@ -40,6 +40,9 @@ from secateur.network.verify import prompt
 from secateur.network.views import Cut, Network, Plan, Units, Update, units_of
 from secateur.solving import relative_error
 from secateur.stage import Stage
+from secateur.unit_allocation import Scored, allocated, divider
+from secateur.unit_budgets import Sizes, asked_for, reached
+from secateur.unit_scores import score_units
 from secateur.units import asked_axes, output_matrices, planned_sizes
 from secateur.workspace import Journal
 
@@ -57,7 +60,10 @@ class _CutsUnits(Stage):
         return Cuts(self.source, self.state / "cuts", self.step.method, self.dtype)
 
     def decided(self) -> dict[str, Any]:
-        return {"units": self.cuts.decided()}
+        return {"units": self.cuts.decided(), "budget": self._budget()}
+
+    def _budget(self) -> dict[str, Any]:
+        return {"asked": asked_for(self.step), "reached": reached(self.source, self.cuts.sizes())}
 
     def config(self) -> dict[str, Any]:
         return resized_config(self.source, self.cuts.sizes())
@@ -71,6 +77,7 @@ class _CutsUnits(Stage):
 
     def apply(self, module: nn.Module) -> None:
         self._decide_all()
+        budget = self._budget()  # before the module that its source shows has other shapes
         cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
         heads = any(axis != "neurons" for _, axis in cuts)  # modules keep numbers of them
         wanted = None
@@ -93,6 +100,7 @@ class _CutsUnits(Stage):
         if wanted is not None:
             self._compare(module, wanted)
         self.notes["kept"] = {axis: {str(b): n for b, n in kept.items()} for axis, kept in self.cuts.sizes().items()}
+        self.notes["budget"] = budget
 
     def _silenced(self, module: nn.Module) -> nn.Module:
         """A copy with nothing cut, and what is to be cut silent."""
@@ -280,18 +288,69 @@ class UnitStage(_CutsUnits, BlockStage):
                 group for axis in asked_axes(self.step) if (group := self.source.anatomy.blocks[first].group(axis))
             ]
             pretend_unit_gradients(self.state / "gradients", first, groups)
-        return time.time() - begun + super().seconds()
+        # scores are taken in a walk of their own, which is no longer than that in which units are cut
+        walks = 2 if (method := divider(self.step)) and method.scope == "widths" else 1
+        return time.time() - begun + super().seconds() * walks
 
     def decided(self) -> dict[str, Any]:
-        units = super().decided()["units"]
+        told = super().decided()
+        units = told["units"]
         for name, entry in self.settled.items():
             axis, block = self._axes[name], next(index for index, refs in self.refs.items() if _named(refs, name))
             units[axis][str(block)] |= entry
-        return {"units": units}
+        return told
 
     def _prepare(self) -> None:
         self._collect()
+        self._allocate()
         super()._prepare()
+
+    def _allocate(self) -> None:
+        """Divides the budget among the blocks, once; without an allocation all are treated alike."""
+        if divider(self.step) is None:
+            return
+        if self.step.calibrated:
+            self.notes["calibration"] = self._samples().describe()
+
+        def decide(context: Context) -> dict[str, Any]:
+            alike: Sizes = self.sizes
+
+            def scored() -> Scored:
+                if self.solver.gradients:
+                    self._learn(self._samples())
+                return score_units(self, self._samples)
+
+            return {"widths": allocated(self.source, self.step, alike, context, scored, self.device)}
+
+        widths = self._once("allocation", decide)["widths"]
+        self.sizes = {axis: {int(block): kept for block, kept in units.items()} for axis, units in widths.items()}
+
+    def units(self, block: int, axis: Axis) -> Units:
+        """The units of a block, and how many of them are to stay."""
+        return units_of(self.source, block, axis, self.sizes[axis][block], self.device)
+
+    def given(self, units: Units, context: Context) -> dict[type, Any]:
+        """What a method may ask for of these units, beside what is said of their inputs."""
+        given: dict[type, Any] = {Units: units, Context: context}
+        if SyntheticGram in self.solver.needs:
+            given[SyntheticGram] = SyntheticGram.read(self._gram(units.block))
+        if self.solver.gradients:
+            group = self.cuts.group(units.block, units.axis)
+            given[UnitGradients] = read_unit_gradients(self.state / "gradients", units.block, group)
+        return given
+
+    def context(self, folder: str) -> Context:
+        return self._context(folder)
+
+    @contextmanager
+    def running(self, block: Block, passes: Passes) -> Iterator[dict[str, Tensor]]:
+        """A block's weights, by name, in its modules, for tokens to pass through."""
+        self._passes = passes
+        try:
+            with self._loaded(block, set()) as loaded:
+                yield loaded.working
+        finally:
+            self._passes = None
 
     def _conclude(self, entries: Sequence[Mapping[str, Any]]) -> None:
         super()._conclude(entries)
@@ -313,12 +372,8 @@ class UnitStage(_CutsUnits, BlockStage):
     ) -> dict[str, Any]:
         axis = self._axes[ref.parameter]
         group = self.cuts.group(ref.block, axis)
-        units = units_of(self.source, ref.block, axis, self.sizes[axis][ref.block], self.device)
-        given: dict[type, Any] = {Units: units, Context: context}
-        if SyntheticGram in self.solver.needs:
-            given[SyntheticGram] = SyntheticGram.read(self._gram(ref.block))
-        if self.solver.gradients:
-            given[UnitGradients] = read_unit_gradients(self.state / "gradients", ref.block, group)
+        units = self.units(ref.block, axis)
+        given = self.given(units, context)
         if self.solver.statistics and not seen.tokens:
             raise RunError(f"{units.name}: no calibration token reached it, so nothing is known of its units.")
         cut: Cut = self.solver.ask(given, seen, units.name)

@@ -10,6 +10,7 @@ from secateur.network.parts import stacked
 from secateur.network.source import Source
 from secateur.network.widths import round_width
 from secateur.recipe import Step
+from secateur.unit_budgets import Sizes, budgeted_sizes, measure_of, sets_of
 
 WORDS: dict[Axis, str] = {
     "neurons": "feed-forward neurons",
@@ -17,9 +18,6 @@ WORDS: dict[Axis, str] = {
     "queries": "query heads",
     "experts": "experts",
 }
-
-Sizes = dict[Axis, dict[int, int]]
-"""How many units of each kind there are, by block."""
 
 
 def asked_axes(step: Step) -> tuple[Axis, ...]:
@@ -101,9 +99,14 @@ def wanted_ratio(parameters: Mapping[str, Any]) -> float:
     return max([parameters["ratio"], *(parameters.get("ratios") or [])]) if "ratio" in parameters else 1.0
 
 
-def planned_sizes(source: Source, step: Step, present: Sizes | None = None) -> Sizes | None:
-    """Units kept of those `present`, from a step's `ratio`, `ratios` and `multiple_of`; None if it has none, or
-    is not uniform.
+def planned_sizes(
+    source: Source, step: Step, present: Sizes | None = None, before: Sizes | None = None
+) -> Sizes | None:
+    """Units kept of those `present`, from a step's `ratio`, `ratios`, `of`, `target` and `multiple_of`; None if it has none,
+    or is not uniform.
+
+    before: what earlier steps leave of units of any kind. Where an allocation divides the budget, this is what each block
+    would keep without it.
 
     Raises RequestError when a width cannot be.
     """
@@ -111,19 +114,11 @@ def planned_sizes(source: Source, step: Step, present: Sizes | None = None) -> S
     parameters = step.parameters
     if "ratio" not in parameters or not parameters.get("uniform", True):
         return None
-    planned: Sizes = {}
-    for axis, units in present.items():
-        ratios = parameters.get("ratios") or [parameters["ratio"]] * len(units)
-        if len(ratios) != len(units):
-            raise RequestError(
-                f"{step.method}: ratios has {len(ratios)} values, but {source.spec} has {len(units)} layers."
-            )
-        multiple = parameters.get("multiple_of", 1) if axis == "neurons" else 1
-        sets = {block.index: group.sets for block in source.anatomy.blocks if (group := block.group(axis))}
-        planned[axis] = {
-            index: sets[index] * round_width(count // sets[index], ratio, multiple)
-            for (index, count), ratio in zip(units.items(), ratios, strict=True)
-        }
+    if parameters.get("ratios") and parameters.get("allocation"):
+        raise RequestError(f"{step.method}: give either ratios or an allocation: both say what each block keeps.")
+    planned = (
+        budgeted_sizes(source, step, present, before or {}) if measure_of(step) else _by_ratio(source, step, present)
+    )
     for index, kept in planned.get("experts", {}).items():
         experts = source.anatomy.blocks[index].experts
         if experts and experts.chosen and kept < experts.chosen:
@@ -131,4 +126,22 @@ def planned_sizes(source: Source, step: Step, present: Sizes | None = None) -> S
                 f"{step.method} would leave {kept} of {experts.count} experts in {source.anatomy.blocks[index].path} of "
                 f"{source.spec}, but each token goes to {experts.chosen} of them; choose a smaller ratio."
             )
+    return planned
+
+
+def _by_ratio(source: Source, step: Step, present: Sizes) -> Sizes:
+    """Units kept by a ratio of the units of each block."""
+    parameters = step.parameters
+    planned: Sizes = {}
+    for axis, units in present.items():
+        ratios = parameters.get("ratios") or [parameters["ratio"]] * len(units)
+        if len(ratios) != len(units):
+            raise RequestError(
+                f"{step.method}: ratios has {len(ratios)} values, but {source.spec} has {len(units)} layers."
+            )
+        multiple, sets = parameters.get("multiple_of", 1) if axis == "neurons" else 1, sets_of(source, axis)
+        planned[axis] = {
+            index: sets[index] * round_width(count // sets[index], ratio, multiple)
+            for (index, count), ratio in zip(units.items(), ratios, strict=True)
+        }
     return planned

@@ -30,11 +30,11 @@ def multiply_adds(model: nn.Module, tokens: int, context: int = 0) -> int:
             f"{tokens} tokens behind {context} cannot be counted; at least 1 token and no negative context."
         )
     config = text_config(model)
-    return tokens * _linear(model, config) + _attention(config, tokens, context)
+    return tokens * linear_multiply_adds(model, config) + _attention(config, tokens, context)
 
 
-def _linear(model: nn.Module, config: Any) -> int:
-    """Multiply-adds of all linear maps for one token."""
+def linear_multiply_adds(model: nn.Module, config: Any) -> int:
+    """Multiply-adds of all linear maps of a module for one token; `config` is the language model's."""
     total = 0
     module: Any
     for module in model.modules():
@@ -66,18 +66,26 @@ def _experts(module: nn.Module, config: Any) -> int:
 
 def _attention(config: Any, tokens: int, context: int) -> int:
     heads = getattr(config, "num_attention_heads", None)
-    layers = getattr(config, "num_hidden_layers", None)
-    if not isinstance(heads, int) or not isinstance(layers, int):
+    if not isinstance(heads, int):
         return 0
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pairs = attention_pairs(config, tokens, context)
+    every = [heads] * len(pairs)
+    if getattr(config, "is_heterogeneous", False):  # blocks have numbers of their own
+        own = [config.per_layer_config[index] for index in range(len(pairs))]
+        every = [0 if "attention" in (getattr(each, "skip", None) or ()) else each.num_attention_heads for each in own]
+    return sum(2 * count * head_dim * seen for count, seen in zip(every, pairs, strict=True))
+
+
+def attention_pairs(config: Any, tokens: int, context: int = 0) -> list[int]:
+    """(layers,) pairs of a token and a key that it may see; 0 where a layer has no attention that can be counted."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        return []
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    sliding = getattr(config, "sliding_window", None)
-    heads_width: int = heads * head_dim
-    pairs = 0
-    for kind in kinds:
-        if kind == "full_attention":
-            pairs += tokens * context + tokens * (tokens + 1) // 2
-        elif kind == "sliding_attention":
-            window = sliding or context + tokens
-            pairs += sum(min(context + index + 1, window) for index in range(tokens))
-    return 2 * heads_width * pairs
+    window = getattr(config, "sliding_window", None) or context + tokens
+    counted = {
+        "full_attention": tokens * context + tokens * (tokens + 1) // 2,
+        "sliding_attention": sum(min(context + index + 1, window) for index in range(tokens)),
+    }
+    return [counted.get(kind, 0) for kind in kinds]

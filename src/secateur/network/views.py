@@ -47,7 +47,8 @@ class Units:
         keep: how many are to stay; None where the method decides.
 
     count: how many there are. width: columns of the output matrix, and inputs of it, that each of them has. sets: they lie
-    in so many equal runs, of which each keeps as many.
+    in so many equal runs, of which each keeps as many. scores: (count,) those by which a method has chosen the best, None
+    before.
     """
 
     def __init__(self, source: Source, block: int, group: Group, keep: int | None = None, device: str = "cpu") -> None:
@@ -56,6 +57,7 @@ class Units:
         self.hidden = source.anatomy.hidden
         self._keep = keep
         self._source, self._device, self._group = source, device, group
+        self.scores: Tensor | None = None
         self.name = f"block {block}, {group.axis}"
 
     def __repr__(self) -> str:
@@ -118,6 +120,7 @@ class Units:
 
     def best(self, scores: Tensor) -> Cut:
         """Keeps the units with the highest of (count,) scores, among equals the first; as many of each set."""
+        self.scores = scores
         size = self.count // self.sets
         best = scores.view(self.sets, size).argsort(descending=True, stable=True)[:, : self.keep // self.sets]
         return Cut((best + size * torch.arange(self.sets, device=best.device)[:, None]).flatten().sort().values)
@@ -226,10 +229,11 @@ class Update:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How much each matrix is to lose.
+    """How much each matrix, or each block's units of one kind, is to lose.
 
     Args:
         remove: number of weights (of tiles, where the pattern removes tiles) by matrix; they sum to what was asked for.
+            Of units how many go, by the name of the units.
     """
 
     remove: Mapping[str, int] = field(default_factory=dict)

@@ -1,0 +1,212 @@
+"""Budgets of steps that cut units: what a unit and a whole network count, which widths meet a budget, what was reached.
+
+Everything is counted from shapes, nothing is estimated from a ratio. Multiply-adds are those of the result card: reading
+`TOKENS` tokens at once.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from secateur.errors import RequestError
+from secateur.evaluation.arithmetic import attention_pairs, linear_multiply_adds, multiply_adds
+from secateur.evaluation.forward import maximum_positions, text_config
+from secateur.evaluation.speed import PREFILL
+from secateur.network.anatomy import AXES, Axis
+from secateur.network.source import Source
+from secateur.network.widths import round_width
+from secateur.recipe import Step
+
+Measure = Literal["parameters", "multiply_adds"]
+Sizes = dict[Axis, dict[int, int]]
+"""How many units of each kind there are, by block."""
+
+
+def measure_of(step: Step) -> Measure | None:
+    """What a step's budget is counted in; None where it is a fraction of the units of every block."""
+    of = step.parameters.get("of", "units")
+    if of == "units":
+        return "parameters" if step.parameters.get("target") else None
+    return "multiply_adds" if of == "multiply_adds" else "parameters"
+
+
+def tokens_counted(source: Source) -> int:
+    """How many tokens are read at once where multiply-adds are counted."""
+    return min(PREFILL, maximum_positions(source.skeleton) or PREFILL)
+
+
+def unit_cost(source: Source, block: int, axis: Axis, measure: Measure) -> int:
+    """What a unit counts: its share of every coupled tensor, or the multiply-adds of its matrices and of its attention."""
+    found = source.anatomy.blocks[block]
+    group = found.group(axis)
+    assert group is not None, "asked for where it is"
+    tokens, cost = tokens_counted(source), 0
+    for part in group.slices:
+        shape = source.skeleton.get_parameter(part.parameter).shape
+        if measure == "parameters":
+            cost += shape.numel() // shape[part.dim] * part.width
+        elif len(shape) == 2:
+            cost += tokens * shape.numel() // shape[part.dim] * part.width
+    if measure == "multiply_adds" and axis in ("heads", "queries") and found.attention:
+        pairs = attention_pairs(text_config(source.skeleton), tokens)
+        heads = found.attention.heads // group.count
+        cost += 2 * heads * found.attention.head_dim * (pairs[block] if block < len(pairs) else 0)
+    return cost
+
+
+def sets_of(source: Source, axis: Axis) -> dict[int, int]:
+    """In how many equal runs the units of each block lie, of which each keeps as many."""
+    return {block.index: group.sets for block in source.anatomy.blocks if (group := block.group(axis))}
+
+
+def counted(
+    source: Source, measure: Measure, sizes: Mapping[Axis, Mapping[int, int]] | None = None, blocks: int | None = None
+) -> int:
+    """What the network counts with `sizes` units; what they do not name stays.
+
+    blocks: how many of the first blocks there are; default all.
+    """
+    network = source.anatomy
+    blocks = len(network.blocks) if blocks is None else blocks
+    total = network.parameters if measure == "parameters" else multiply_adds(source.skeleton, tokens_counted(source))
+    for block in network.blocks[blocks:]:
+        total -= _block(source, block.index, measure)
+    for axis, units in (sizes or {}).items():
+        for index, kept in units.items():
+            group = network.blocks[index].group(axis)
+            if index < blocks and group is not None:
+                total -= (group.count - kept) * unit_cost(source, index, axis, measure)
+    return total
+
+
+def _block(source: Source, index: int, measure: Measure) -> int:
+    block, model = source.anatomy.blocks[index], source.skeleton
+    if measure == "parameters":
+        return sum(model.get_parameter(name).numel() for name in block.parameters)
+    tokens, config = tokens_counted(source), text_config(model)
+    total = tokens * linear_multiply_adds(model.get_submodule(block.path), config)
+    if block.attention:
+        pairs = attention_pairs(config, tokens)
+        total += 2 * block.attention.heads * block.attention.head_dim * (pairs[index] if index < len(pairs) else 0)
+    return total
+
+
+def wanted_total(source: Source, step: Step, present: Sizes, before: Mapping[Axis, Mapping[int, int]]) -> int:
+    """What the whole model is to count behind a step that has a budget in parameters or multiply-adds.
+
+    Args:
+        present: the units that the step may cut.
+        before: the units that earlier steps leave, of whatever kind.
+
+    Raises RequestError where no cut reaches it.
+    """
+    measure, parameters = measure_of(step), step.parameters
+    assert measure is not None, "who asks has looked"
+    if parameters.get("ratios"):
+        raise RequestError(f"{step.method}: ratios are fractions of the units of each block; leave out of and target.")
+    blocks = len(next(iter(present.values())))
+    whole = counted(source, measure, {**before, **present}, blocks)
+    target = parameters.get("target")
+    total = round((1 - parameters["ratio"]) * whole) if target is None else int(target)
+    named = measure.replace("_", "-")
+    if total > whole:
+        raise RequestError(
+            f"{step.method}: target={total:,} is more than the {whole:,} {named} that {source.spec} has; ask for fewer."
+        )
+    one = {axis: dict.fromkeys(units, 1) for axis, units in present.items()}
+    smallest = counted(source, measure, {**before, **one}, blocks)
+    if total < smallest:
+        raise RequestError(
+            f"{step.method}: {total:,} {named} cannot be reached by cutting {' and '.join(present)} of {source.spec}: with "
+            f"one of them in every block {smallest:,} are left; ask for no fewer, or give `axis` more kinds of units."
+        )
+    return total
+
+
+def budgeted_sizes(source: Source, step: Step, present: Sizes, before: Mapping[Axis, Mapping[int, int]]) -> Sizes:
+    """Units kept so that the whole model counts as nearly as possible what a step asks for, one ratio for all blocks.
+
+    Every kind of units is asked for the same ratio. Heads are few, so they are rounded first, and neurons make up for it.
+
+    Raises RequestError where no cut reaches it.
+    """
+    measure = measure_of(step)
+    assert measure is not None, "who asks has looked"
+    total = wanted_total(source, step, present, before)
+    left = counted(source, measure, {**before, **present}, len(next(iter(present.values())))) - total
+    # one of each run goes at a time
+    sets = {axis: sets_of(source, axis) for axis in present}
+    present = {axis: {i: count // sets[axis][i] for i, count in units.items()} for axis, units in present.items()}
+    costs = {
+        axis: {i: sets[axis][i] * unit_cost(source, i, axis, measure) for i in units} for axis, units in present.items()
+    }
+    free = sum(costs[axis][i] * count for axis, units in present.items() for i, count in units.items())
+    ratio = left / free
+    planned: Sizes = {}
+    *coarse, fine = present
+    most = sum(costs[fine][i] * (count - 1) for i, count in present[fine].items())
+    for axis in coarse:
+        units = present[axis]
+
+        def cut(sizes: Mapping[int, int], axis: Axis = axis, units: Mapping[int, int] = units) -> int:
+            return sum(costs[axis][i] * (units[i] - kept) for i, kept in sizes.items())
+
+        # the nearest whole number, unless the units that come after could not make up for it
+        tries = [
+            {i: min(count, max(1, int((1 - ratio) * count + offset))) for i, count in units.items()}
+            for offset in (0.5, 1.0, 0.0)
+        ]
+        tries.append(dict.fromkeys(units, 1))
+        planned[axis] = next(each for each in tries if 0 <= left - cut(each) <= most or each is tries[-1])
+        left -= cut(planned[axis])
+    multiple = step.parameters.get("multiple_of", 1) if fine == "neurons" else 1
+    planned[fine] = _nearest(present[fine], costs[fine], left, multiple)
+    return {axis: {i: kept * sets[axis][i] for i, kept in units.items()} for axis, units in planned.items()}
+
+
+def _nearest(units: Mapping[int, int], costs: Mapping[int, int], remove: int, multiple: int) -> dict[int, int]:
+    """Widths of one ratio that remove as nearly as possible `remove`; the wider ones where two are equally near.
+
+    What is removed grows with the ratio in steps, so the two steps around `remove` are found by halving.
+    """
+
+    def widths(ratio: float) -> dict[int, int]:
+        return {i: round_width(count, min(ratio, 1 - 1 / count), multiple) for i, count in units.items()}
+
+    def removed(ratio: float) -> int:
+        return sum(costs[i] * (units[i] - kept) for i, kept in widths(ratio).items())
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if removed(middle) <= remove else (low, middle)
+    return widths(min((low, high), key=lambda ratio: abs(removed(ratio) - remove)))
+
+
+def asked_for(step: Step) -> dict[str, Any]:
+    """A step's budget, as it was asked for; {} where a method has rules of its own."""
+    given = step.parameters
+    if "ratio" not in given:
+        return {}
+    if given.get("target"):
+        return {"target": given["target"], "of": measure_of(step)}
+    if given.get("ratios"):
+        return {"ratios": given["ratios"], "of": "units"}
+    return {"ratio": given["ratio"], "of": given.get("of", "units")}
+
+
+def reached(source: Source, sizes: Mapping[Axis, Mapping[int, int]]) -> dict[str, Any]:
+    """What a step that leaves these units makes of the network, before and after, counted from shapes."""
+    units = {}
+    for axis in AXES:
+        if axis in sizes:
+            groups = {index: source.anatomy.blocks[index].group(axis) for index in sizes[axis]}
+            units[axis] = {
+                "before": sum(group.count for group in groups.values() if group),
+                "after": sum(sizes[axis].values()),
+            }
+    measures: tuple[Measure, ...] = ("parameters", "multiply_adds")
+    told: dict[str, Any] = {
+        measure: {"before": counted(source, measure), "after": counted(source, measure, sizes)} for measure in measures
+    }
+    told["multiply_adds"]["tokens"] = tokens_counted(source)
+    return {"units": units, **told}

@@ -16,7 +16,8 @@ TWO = {"steps": [{"random_units": {"ratio": 0.2}}, {"magnitude_units": {"ratio":
 
 def test_defaults_are_filled_in_and_plain_data_comes_back() -> None:
     recipe = Recipe.parse({"seed": 4, "steps": ["random_units", {"prunenet": None}]})
-    assert recipe.steps[0].parameters == {"ratio": 0.2, "axis": ["neurons"], "ratios": None, "multiple_of": 32}
+    defaults = {"ratio": 0.2, "of": "units", "target": None, "axis": ["neurons"], "ratios": None, "multiple_of": 32}
+    assert recipe.steps[0].parameters == {**defaults, "allocation": None}
     assert recipe.steps[1].parameters["mode"] == "stable"
     assert Recipe.parse(recipe.plain()) == recipe
     assert Recipe.parse(yaml.safe_load(yaml.safe_dump(recipe.plain()))) == recipe

@@ -2,10 +2,10 @@
 
 "Fluctuation-based Adaptive Structured Pruning for Large Language Models", AAAI 2024, arXiv:2312.11983. Recalled, not
 read for this: the metric is the variance of each input over tokens times the squared norm of its output
-column (WIFV), and the removed mean is added to the output bias, b + W_R μ_R. OURS: the same number of units in every block,
-where FLAP standardises scores and compares them over all blocks; and where the output matrix has no bias the mean is lost,
-because the configuration of such a model has no place for one (FLAP patches the model instead). A head's score is the sum of
-its columns'.
+column (WIFV), and the removed mean is added to the output bias, b + W_R μ_R. OURS: the same number of units in every block
+unless `allocation: flap_search` standardises scores and compares them over all blocks, as FLAP does; and where
+the output matrix has no bias the mean is lost, because the configuration of such a model has no place for one (FLAP
+patches the model instead). A head's score is the sum of its columns'.
 """
 
 from secateur.registry import Cut, Moments, Units, method

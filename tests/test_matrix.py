@@ -27,10 +27,15 @@ NO_HEADS = (
     "llama_mqa", "llama_mha", "opt", "gpt2", "gpt_neox", "gpt_neox_sequential", "gptj", "falcon", "falcon_new", "bloom",
     "olmoe", "mamba",
 )  # fmt: skip
+# Channels cannot go: the configuration ties the size of heads to their number, or a block is not understood.
+NO_CHANNELS = (
+    "opt", "gpt2", "gpt_neox", "gpt_neox_sequential", "gptj", "falcon", "falcon_new", "bloom", "olmoe", "mamba",
+)  # fmt: skip
 # Small enough for seconds, large enough that a kill finds a method half way;
 # the metric whose engine has most to go on with.
-QUICK = {"prunenet": {"episodes": 3}, "layer_drop": {"metric": "perplexity"}}
+QUICK = {"prunenet": {"episodes": 3}, "layer_drop": {"metric": "perplexity"}, "minitron": {"multiple_of": 16}}
 WIDTH = 128  # of 160, at ratio 0.2, a multiple of 32
+CHANNELS = 48  # of 64, a multiple of 16
 SPARSITY = 0.37  # no whole number of weights in any row
 
 
@@ -60,7 +65,7 @@ def _cuts(method: str) -> bool:
 
 def _axes(method: str, name: str) -> list[str]:
     """The units that it can cut there."""
-    refused = {"neurons": REFUSED, "heads": NO_HEADS}
+    refused = {"neurons": REFUSED, "heads": NO_HEADS, "channels": NO_CHANNELS}
     return [axis for axis in methods()[method].axes if name not in refused[axis]]
 
 
@@ -71,7 +76,7 @@ SPARED = {"dense_refit": {"targets": ["attention"]}}
 def _recipe(method: str, name: str, ids: Path) -> secateur.Recipe:
     parameters: dict = {"ratio": 0.2} if _cuts(method) or _drops(method) else {"pattern": SPARSITY}
     parameters = {} if _renumbers(method) else parameters
-    if methods()[method].scope == "units":
+    if methods()[method].scope == "units" or "axis" in methods()[method].own:
         parameters["axis"] = _axes(method, name)
     spared = SPARED.get(method, {}) if name in MIXTURES else {}
     step = {method: {**parameters, **QUICK.get(method, {}), **spared}}
@@ -107,6 +112,19 @@ def _check_cut(source: Path, axes: list[str], dense: torch.nn.Module, result: to
         assert per_neuron == int(per_neuron) >= 2 * tiny.HIDDEN, "whole neurons are gone, and nothing else"
     else:
         assert not per_neuron
+
+
+def _check_narrowed(output: Path, source: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
+    """Channels are gone from everything outside and from every norm, the same ones everywhere."""
+    kept = load_file(output / "secateur/kept.safetensors")["channels"]
+    assert len(kept) == result.config.get_text_config().hidden_size == CHANNELS
+    network = secateur.network.source.open_model(source).anatomy
+    norms = [name for block in network.blocks for name in block.norms]
+    before, after = dict(dense.named_parameters()), dict(result.named_parameters())
+    outside = [name for name in after if name in network.outside and before[name].shape[-1] == tiny.HIDDEN]
+    assert outside and set(network.embeddings) <= set(outside)
+    for name in [*outside, *(name for name in norms if before[name].shape == (tiny.HIDDEN,))]:
+        assert torch.equal(after[name], before[name][..., kept]), f"{name} has lost the same channels as all others"
 
 
 def _attention(block: Block) -> set[str]:
@@ -188,6 +206,8 @@ def test_every_method_on_every_architecture(
         _check_dropped(first, source, dense, result)
     elif _renumbers(method):
         _check_renumbered(first, dense, result)
+    elif "channels" in recipe.steps[0].parameters.get("axis", []):
+        _check_narrowed(first, source, dense, result)
     elif _cuts(method):
         _check_cut(source, recipe.steps[0].parameters.get("axis", ["neurons"]), dense, result)
     else:
@@ -199,7 +219,7 @@ def test_every_method_on_every_architecture(
     torch.testing.assert_close(clean.logits(first, words), here, atol=1e-5, rtol=1e-5)
     tokens = result.generate(torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] > len(words[0]), "the result generates"
-    if _drops(method):  # the cache is addressed by the numbers of blocks
+    if _drops(method) or "heads" in methods()[method].axes:  # the cache is addressed by blocks, and holds heads
         without = result.generate(
             torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False
         )

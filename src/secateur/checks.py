@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 from secateur.errors import RequestError
+from secateur.network.channels import channels_config, find_channels
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.source import Source
 from secateur.network.store import resized_config
 from secateur.network.vocabulary import open_vocabulary, token_rows
 from secateur.recipe import Step
 from secateur.targets import check_targets
-from secateur.units import Sizes, planned_sizes, present_sizes
+from secateur.units import Sizes, planned_channels, planned_sizes, present_sizes
 
 
 def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Sizes:
@@ -51,11 +52,17 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
         if saved:
             # without a plan any narrower width shows whether the configuration can say it
             narrower: Sizes = {
-                axis: {index: max(1, units - 1) for index, units in widths.items()} for axis, widths in present.items()
+                # some numbers of heads must divide the hidden size, which half of them does
+                axis: {index: max(1, units // 2 if axis == "heads" else units - 1) for index, units in widths.items()}
+                for axis, widths in present.items()
             }
-            resized_config(
+            raw = resized_config(
                 source, {axis: _for_all(source, units) for axis, units in (sizes | (planned or narrower)).items()}
             )
+            if "channels" in step.parameters.get("axis", ()):
+                channels, kept = find_channels(source), planned_channels(source, step)
+                if kept is not None:
+                    channels_config(source, channels, raw, kept)
     return sizes
 
 

@@ -204,6 +204,8 @@ def _print_forecast(said: dict[str, Any]) -> None:
         widths = {(unit["kept"], unit["of"]) for unit in units.values()}
         cut = ", ".join(f"{of} → {kept}" for kept, of in sorted(widths))
         console.print(f"would cut: {UNITS[axis]} {cut} in {len(units)} blocks", highlight=False)
+    if channels := said["channels"]:
+        console.print(f"would cut: channels {channels['of']} → {channels['kept']}", highlight=False)
     if blocks := said["blocks"]:
         console.print(f"would remove: {blocks['of'] - blocks['kept']} of {blocks['of']} blocks", highlight=False)
     if words := said["vocabulary"]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from secateur.calibration.activations import Activations
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.statistics import (
@@ -157,6 +158,9 @@ NEEDS: dict[type, Need] = {
         "how much the loss reacts to each block's weights (the whole model in memory)",
         f"{_TEXT}, gradients",
         beside=(Blocks,),
+    ),
+    Activations: Need(
+        "any", (), "how strongly neurons, heads and channels respond in the dense network", _TEXT, beside=(Network,)
     ),
     Vocabulary: Need("vocabulary", (KeptTokens,), "the tokens of the model, and what each of them writes"),
     TokenCounts: Need("any", (), "how often each token occurs in the whole text", _TEXT, beside=(Vocabulary,)),

@@ -1,6 +1,7 @@
 """The cuts of one step, kept in files: saved as they are decided, read by whatever writes, checks or tells of them."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,23 @@ from torch import Tensor
 from secateur.errors import RunError
 from secateur.files import read_tensors, write_tensors
 from secateur.network.anatomy import AXES, Axis, Block, Group
+from secateur.network.channels import (
+    Channels,
+    channels_config,
+    embedding_factor,
+    find_channels,
+    silence_channels,
+    stored_channels,
+)
 from secateur.network.source import Source
-from secateur.network.store import stored_dtype
+from secateur.network.store import resized_config, stored_dtype
 from secateur.network.stream import Fetch
 from secateur.network.surgery import cut_tensors, silence_tensors
 from secateur.network.views import Cut
 
 
 class Cuts:
-    """What becomes of the units of a network, by block and axis.
+    """What becomes of the units of a network, by block and axis, and of the channels of its stream, which all blocks share.
 
     Args:
         folder: for the files.
@@ -33,13 +42,43 @@ class Cuts:
         """Keeps a cut; one that cannot be done is refused before."""
         self.check(block, axis, cut)
         tensors = {"kept": cut.kept, "output": cut.output, "output_bias": cut.output_bias}
+        if cut.partners is not None:
+            tensors |= {"partners": cut.partners, "mixed": torch.tensor(cut.mixed)}
         write_tensors(
             self._path(block, axis), {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
         )
 
     def read(self, block: int, axis: Axis) -> Cut:
         tensors, _ = read_tensors(self._path(block, axis))
-        return Cut(tensors["kept"], tensors.get("output"), tensors.get("output_bias"))
+        mixed = tuple(tensors["mixed"].tolist()) if "mixed" in tensors else ()
+        return Cut(
+            tensors["kept"], tensors.get("output"), tensors.get("output_bias"), tensors.get("partners"), mixed
+        )  # fmt: skip
+
+    def save_channels(self, kept: Tensor) -> None:
+        """Keeps which channels stay. Raises RunError when a method returned what cannot be."""
+        ordered = kept.dim() == 1 and len(kept) > 0 and bool((kept[1:] > kept[:-1]).all())
+        if not ordered or int(kept[0]) < 0 or int(kept[-1]) >= self._source.anatomy.hidden:
+            raise RunError(f"{self._method}: an impossible set of channels was kept; nothing was cut.")
+        write_tensors(self._channels_path, {"kept": kept.cpu()})
+
+    @cached_property
+    def channels(self) -> Tensor | None:
+        """(k,) the channels that stay, None where all do. Asked for when all is decided."""
+        return read_tensors(self._channels_path)[0]["kept"] if self._channels_path.exists() else None
+
+    @cached_property
+    def where(self) -> Channels:
+        """Where the channels lie. Raises RequestError where they cannot be cut."""
+        return find_channels(self._source)
+
+    def config(self, plain: bool = False) -> dict[str, Any]:
+        """The source's configuration for what stays. Raises RequestError where it cannot say that.
+
+        plain: only a configuration that needs no code.
+        """
+        raw = resized_config(self._source, self.sizes(), plain)
+        return raw if self.channels is None else channels_config(self._source, self.where, raw, len(self.channels))
 
     def known(self) -> list[tuple[int, Axis]]:
         """What is cut, by block and in the order in which tokens meet the units."""
@@ -71,7 +110,8 @@ class Cuts:
 
     def kept(self) -> dict[str, Tensor]:
         """The units that stay, for the file beside the model."""
-        return {f"block {block}, {axis}": self.read(block, axis).kept for block, axis in self.known()}
+        units = {f"block {block}, {axis}": self.read(block, axis).kept for block, axis in self.known()}
+        return units if self.channels is None else {**units, "channels": self.channels}
 
     def apply(self, blocks: Sequence[Block], tensors: dict[str, Tensor]) -> None:
         """Cuts stored tensors in place of the whole ones; `blocks` are those that all lie in `tensors`."""
@@ -85,6 +125,10 @@ class Cuts:
                 parameters = {**parameters, **cut}
                 for parameter, tensor in cut.items():
                     tensors.update(self._source.take_apart(parameter, tensor, tensors))
+        if self.channels is not None:
+            for key, dims in self._stored_channels.items():
+                for dim in dims if key in tensors else ():
+                    tensors[key] = tensors[key].index_select(dim, self.channels)
 
     def silenced(self) -> Fetch:
         """The source's parameters with what was cut silenced instead: the reload check runs the uncut network with them.
@@ -92,20 +136,34 @@ class Cuts:
         Nothing of what cut and wrote the result is used again, so a mistake there shows.
         """
         inside = {name: block for block in self._source.anatomy.blocks for name in block.parameters}
+        # found now: it runs the skeleton, which runs already when parameters are fetched
+        embeddings = {} if self.channels is None else self._embeddings()
 
         def fetch(names: Sequence[str]) -> Mapping[str, Tensor]:
             tensors = self._source.read_parameters(names)
             asked = {inside[name].index for name in names if name in inside}
             for block, axis in self.known():
                 if block in asked:
-                    group = self.group(block, axis)
-                    names_of = [name for name in (group.output.parameter, group.output_bias) if name in tensors]
+                    group, cut = self.group(block, axis), self.read(block, axis)
+                    mixed = [group.inputs[place].parameter for place in cut.mixed]
+                    names_of = [name for name in (group.output.parameter, group.output_bias, *mixed) if name in tensors]
                     # in the dtype that is written, so that what was refitted is rounded here as it was there
                     changed = {name: tensors[name].to(self._written(tensors[name])) for name in names_of if name}
-                    tensors = {**tensors, **silence_tensors(changed, group, self.read(block, axis))}
+                    tensors = {**tensors, **silence_tensors(changed, group, cut)}
+            if self.channels is not None:
+                tensors = silence_channels(tensors, self.where, self.channels, embeddings)
             return tensors
 
         return fetch
+
+    @cached_property
+    def _stored_channels(self) -> dict[str, tuple[int, ...]]:
+        return stored_channels(self._source, self.where)
+
+    def _embeddings(self) -> dict[str, float]:
+        """What the network with fewer channels multiplies embeddings by, where that is not what the source does."""
+        factor = embedding_factor(self._source, self.where, self.config())
+        return {} if abs(factor - 1) < 1e-6 else dict.fromkeys(self._source.anatomy.embeddings, factor)
 
     def check(self, block: int, axis: Axis, cut: Cut) -> None:
         """Raises RunError naming the block when a method returned what cannot be done."""
@@ -114,6 +172,12 @@ class Cuts:
         ordered = len(kept) > 0 and bool((kept[1:] > kept[:-1]).all())
         if not ordered or int(kept[0]) < 0 or int(kept[-1]) >= group.count:
             raise RunError(f"{where}: an impossible set of {axis} was kept; nothing was cut there.")
+        if cut.partners is not None and (
+            len(cut.partners) != len(kept)
+            or not bool(((cut.partners >= 0) & (cut.partners < group.count)).all())
+            or any(place not in range(len(group.inputs)) for place in cut.mixed)
+        ):
+            raise RunError(f"{where}: impossible partners of the kept {axis}; nothing was cut there.")
         hidden = self._source.anatomy.hidden
         for name, tensor, shape in (
             ("output weights", cut.output, (hidden, len(kept) * group.output.width)),
@@ -130,6 +194,10 @@ class Cuts:
     def _written(self, tensor: Tensor) -> torch.dtype:
         # refitted weights are rounded once, to what is written
         return stored_dtype(self._source, self._dtype, tensor.dtype)
+
+    @property
+    def _channels_path(self) -> Path:
+        return self._folder / "channels.safetensors"
 
     def _path(self, block: int, axis: Axis) -> Path:
         return self._folder / axis / f"{block}.safetensors"

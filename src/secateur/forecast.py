@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from secateur.calibration.activations import Activations
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.propagation import ACTIVATION_BYTES
@@ -17,6 +18,7 @@ from secateur.calibration.samples import LENGTH, SELF, Calibration
 from secateur.calibration.statistics import CrossGram
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
+from secateur.network.channels import find_channels
 from secateur.network.depth import blocks_to_remove
 from secateur.network.matrices import MatrixRef
 from secateur.network.source import Source, conversion_dtype
@@ -28,7 +30,7 @@ from secateur.run import Run, make_stage, request
 from secateur.solving import Solver
 from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
-from secateur.units import Sizes, asked_axes, output_matrices
+from secateur.units import Sizes, asked_axes, output_matrices, planned_channels
 from secateur.vocabulary_stage import VocabularyStage
 
 SHARD_BYTES = 256 * 10**6
@@ -58,8 +60,8 @@ def dry_run(
         said["time"] = "not known before the weights are converted"
         return said
     step = plan.steps[0]
-    if step.registered.scope == "network" and step.parameters.get(
-        "ratios"
+    if step.registered.scope == "network" and isinstance(
+        step.parameters.get("ratios"), list
     ):  # one for each layer, of which one is tried
         tried = step.model_copy(update={"parameters": {**step.parameters, "ratios": step.parameters["ratios"][:1]}})
         plan = plan.model_copy(update={"steps": (tried, *plan.steps[1:])})
@@ -126,6 +128,9 @@ def _needs(
                 parameter = original.skeleton.get_parameter(part.parameter)
                 fewer = parameter.numel() // parameter.shape[part.dim] * (group.count - kept) * part.width
                 removed[part.parameter] = removed.get(part.parameter, 0) + fewer
+    left_channels = [width for step in steps if (width := planned_channels(original, step)) is not None]
+    if left_channels and left_channels[-1] < original.anatomy.hidden:
+        _remove_channels(original, left_channels[-1], removed)
     total = original.anatomy.parameters
     if original.tensors:
 
@@ -144,6 +149,7 @@ def _needs(
         _Pruning.of_step(original, step, plan.calibration) for step in steps if step.registered.scope == "weight"
     ]
     flows = [_flow_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "blocks"]
+    flows += [_flow_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "network"]
     flows += [_unit_needs(original, step, plan.calibration) for step in steps if step.registered.scope == "units"]
     extra += between * (len(steps) - 1) + sum(each.disk for each in pruning)
     extra += sum(disk for disk, _ in flows)
@@ -153,6 +159,7 @@ def _needs(
         "parameters_after": total - sum(removed.values()),
         "blocks": {"kept": left, "of": count} if left < count else None,
         "vocabulary": {"kept": original.anatomy.vocabulary - rows, "of": original.anatomy.vocabulary} if rows else None,
+        "channels": {"kept": left_channels[-1], "of": original.anatomy.hidden} if left_channels else None,
         "units": {
             axis: {str(block): {"kept": kept, "of": group.count} for block, (kept, group) in units.items()}
             for axis, units in cut.items()
@@ -163,6 +170,16 @@ def _needs(
         "memory_needed": 3 * largest + 400 * 10**6 + beside,
         "output": str(output),
     }
+
+
+def _remove_channels(source: Source, kept: int, removed: dict[str, int]) -> None:
+    """Adds what goes with channels to what goes with units, by parameter."""
+    again = {name for group in source.anatomy.tied for name in group[1:]}
+    for name, dims in find_channels(source).dims.items():
+        if name not in again:
+            whole = source.skeleton.get_parameter(name).numel()
+            left = whole - removed.get(name, 0)
+            removed[name] = whole - left * kept ** len(dims) // source.anatomy.hidden ** len(dims)
 
 
 def _rows_removed(source: Source, plan: Recipe, device: str) -> int:
@@ -189,7 +206,7 @@ def _flow_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, i
     positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, positions)
     disk = memory = 0
-    if asked & {Flow, LossWithout}:
+    if asked & {Flow, LossWithout, Activations}:
         copies = len(network.blocks) + 1 if LossWithout in asked else 1
         # those that a block reads and those that it writes
         disk = 2 * copies * tokens * network.hidden * getattr(torch, wishes.dtype).itemsize

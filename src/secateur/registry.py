@@ -20,6 +20,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import BeforeValidator
 
+from secateur.calibration.activations import Activations
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.statistics import (
@@ -36,13 +37,14 @@ from secateur.calibration.token_counts import TokenCounts
 from secateur.context import Context
 from secateur.contract import COMMON, NEEDS, Kind, MaskFrom, Ratio, UnitsFrom
 from secateur.errors import RequestError, suggest
-from secateur.network.anatomy import AXES, Axis
+from secateur.network.anatomy import AXES, CutAxis
 from secateur.network.blocks import Blocks, Kept
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Neurons, Plan, Units, Update, Weight
 from secateur.network.vocabulary import KeptTokens, Vocabulary
 from secateur.tensor.patterns import Budget
 
 __all__ = [
+    "Activations",
     "Allocation",
     "BlockGradients",
     "Blocks",
@@ -91,7 +93,7 @@ class Method:
     when: str
     speedup: str
     learned: bool
-    axes: tuple[Axis, ...]
+    axes: tuple[CutAxis, ...]
     function: Callable[..., Any]
     needs: dict[str, type]
     schema: type[pydantic.BaseModel]
@@ -233,7 +235,7 @@ def method(
     when: Literal["before training", "during training", "after training", "at inference"],
     speedup: Literal["universal", "specific", "none"],
     learned: bool = False,
-    axes: tuple[Axis, ...] = AXES,
+    axes: tuple[CutAxis, ...] = AXES,
     only: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as a method. A signature that breaks the contract is a TypeError at import.

@@ -307,10 +307,11 @@ class Run:
         begun = time.time()
         try:
             result = open_model(self.output, trust_remote_code=self.trust_remote_code)
-            checked = verify(
-                result, stages[-1].source, stages[-1].expected(), self.max_memory, self.clean,
-                stages[-1].expected_tokens(),
-            )  # fmt: skip
+            with stages[-1].reference():
+                checked = verify(
+                    result, stages[-1].source, stages[-1].expected(), self.max_memory, self.clean,
+                    stages[-1].expected_tokens(),
+                )  # fmt: skip
         except RequestError as error:  # what was asked for was right, what was written is not
             raise RunError(f"the result does not open again: {error} Start again with --restart.") from error
         timings["reload check"] = time.time() - begun

@@ -4,6 +4,7 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,13 @@ class Stage(ABC):
     @abstractmethod
     def expected(self) -> Fetch:
         """Parameters of the source's architecture that compute what the result is to compute: the reload check runs them."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """While it is open, the source's skeleton computes what the result is to compute, given `expected`'s parameters.
+
+        For what no parameters can say; most need nothing.
+        """
+        return nullcontext()
 
     @abstractmethod
     def apply(self, module: nn.Module) -> None:

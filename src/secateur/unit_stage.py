@@ -4,8 +4,10 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.block_stage import BlockStage, Loaded, errors
+from secateur.calibration.activations import ActivationPass, Activations
 from secateur.calibration.passes import Rows
-from secateur.calibration.samples import Calibration, kept_samples
+from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
 from secateur.context import Context, barrier, processes
@@ -23,9 +26,10 @@ from secateur.errors import RequestError, RunError
 from secateur.files import write_tensors, write_text
 from secateur.network.anatomy import AXES, Axis, Block
 from secateur.network.matrices import MatrixRef, view
-from secateur.network.store import build, raw_config, resized_config
-from secateur.network.stream import Fetch, Piece
-from secateur.network.surgery import adopt_numbers, cut_module, silence_tensors
+from secateur.network.channels import cut_channels, norms_over
+from secateur.network.store import build, raw_config
+from secateur.network.stream import Fetch, Piece, streamed_logits
+from secateur.network.surgery import adopt_buffers, adopt_numbers, cut_module, silence_tensors
 from secateur.network.verify import prompt
 from secateur.network.views import Cut, Network, Plan, Units, Update, units_of
 from secateur.solving import relative_error
@@ -36,20 +40,26 @@ from secateur.workspace import Journal
 logger = logging.getLogger(__name__)
 
 _ABSENT = object()
+SKIP = 4  # first tokens of a sequence, whose activations can be a hundred times as large
 
 
 class _CutsUnits(Stage):
     """What both kinds share: the cuts are in files, and the result follows from them."""
 
-    @property
+    @cached_property
     def cuts(self) -> Cuts:
         return Cuts(self.source, self.state / "cuts", self.step.method, self.dtype)
 
     def decided(self) -> dict[str, Any]:
-        return {"units": self.cuts.decided()}
+        kept, of = self.cuts.channels, self.source.anatomy.hidden
+        return {"units": self.cuts.decided()} | ({} if kept is None else {"channels": {"kept": len(kept), "of": of}})
 
     def config(self) -> dict[str, Any]:
-        return resized_config(self.source, self.cuts.sizes())
+        return self.cuts.config()
+
+    def reference(self) -> AbstractContextManager[None]:
+        kept = self.cuts.channels
+        return super().reference() if kept is None else norms_over(self.source.skeleton, self.cuts.where, kept)
 
     def expected(self) -> Fetch:
         fetch = self.cuts.silenced()
@@ -59,10 +69,13 @@ class _CutsUnits(Stage):
         self._decide_all()
         cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
         heads = any(axis == "heads" for _, axis in cuts)
+        if self.cuts.channels is not None:
+            self._narrow(module, cuts)
+            return
         wanted = self._outputs(self._silenced(module)) if heads else None
         try:
             # so that a module whose widths its configuration can say may be saved
-            raw = resized_config(self.source, self.cuts.sizes(), plain=True)
+            raw = self.cuts.config(plain=True)
             if heads and (after := build(self.source, raw)) is not None:
                 before = build(self.source, raw_config(self.source))
                 adopt_numbers(module, before or after, after)
@@ -74,7 +87,29 @@ class _CutsUnits(Stage):
         cut_module(module, self.source.anatomy, cuts)
         if wanted is not None:
             self._compare(module, wanted)
+        self._note_kept()
+
+    def _note_kept(self) -> None:
         self.notes["kept"] = {axis: {str(b): n for b, n in kept.items()} for axis, kept in self.cuts.sizes().items()}
+        if self.cuts.channels is not None:
+            self.notes["kept"]["channels"] = len(self.cuts.channels)
+
+    def _narrow(self, module: nn.Module, cuts: Mapping[tuple[int, Axis], Cut]) -> None:
+        """Cuts channels, and units beside them, out of a live module, in place; its configuration must be able to say it."""
+        raw, ids = self.cuts.config(plain=True), torch.tensor([prompt(self.source.anatomy.vocabulary)])
+        before, after = build(self.source, raw_config(self.source)), build(self.source, raw)
+        assert after is not None and self.cuts.channels is not None, "the configuration was found by building it"
+        with self.reference():
+            wanted = streamed_logits(self.source.skeleton, self.source.anatomy, self.expected(), ids)
+        cut_module(module, self.source.anatomy, cuts)
+        cut_channels(module, self.cuts.where, self.cuts.channels)
+        adopt_numbers(module, before or after, after)
+        adopt_buffers(module, after)
+        for key, value in raw.items():
+            if getattr(self.source.config, key, _ABSENT) != value:
+                setattr(self.source.config, key, value)
+        self._compare(module, wanted)
+        self._note_kept()
 
     def _silenced(self, module: nn.Module) -> nn.Module:
         """A copy with nothing cut, and what is to be cut silent."""
@@ -97,15 +132,16 @@ class _CutsUnits(Stage):
     def _compare(self, module: nn.Module, wanted: Tensor) -> None:
         """Attention may keep the number of its heads where nobody sees it. Raises RequestError when it then errs."""
         try:
-            found = self._outputs(module)
+            found = self._outputs(module).to(wanted.device)
             same = bool((found - wanted).abs().max() <= 1e-3 * wanted.abs().max())
         except Exception as error:  # whatever a foreign module does with fewer heads
             logger.info("the cut module does not run: %s", error)
             same = False
         if not same:
+            what = "attention heads" if self.cuts.channels is None else "channels"
             raise RequestError(
-                f"{type(module).__name__} does not compute with fewer attention heads as a live module; give its directory "
-                "and an output, or choose axis=neurons."
+                f"{type(module).__name__} does not compute with fewer {what} as a live module; give its directory and an "
+                "output, or choose axis=neurons."
             )
 
     @abstractmethod
@@ -125,19 +161,29 @@ class PlanStage(_CutsUnits):
 
     def seconds(self) -> float:
         begun = time.time()
+        if Activations in self._asked:  # next to them the method itself takes no time
+            positions = getattr(self.source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+            length = min(self.calibration.length or LENGTH, positions)
+            drawn = self._context("tokens").generator()
+            ids = torch.randint(self.source.anatomy.vocabulary, (self.calibration.count, length), generator=drawn)
+            batches = self._pass(Samples(list(ids), [], "random")).batches
+            self._pass(Samples(list(batches[0].ids), [], "random")).run(blocks=[0])
+            return (time.time() - begun) * len(batches) * len(self.source.anatomy.blocks)
         layers = [block.index for block in self.source.anatomy.blocks if block.feed_forward]
         self._ask(Context(self.seed, self.index), layers[:1])
         return (time.time() - begun) * len(layers)
 
     def _prepare(self) -> None:
         self._decide_all()
-        resized_config(self.source, self.cuts.sizes())
+        self.cuts.config()
 
     def _decide_all(self) -> None:
         def decide(context: Context) -> dict[str, Any]:
             plan = self._ask(context)
             for (block, axis), cut in plan.cuts.items() if processes()[0] == 0 else ():
                 self.cuts.save(block, axis, cut)
+            if plan.channels is not None and processes()[0] == 0:
+                self.cuts.save_channels(plan.channels)
             return {}
 
         self._once("plan", decide)
@@ -162,7 +208,22 @@ class PlanStage(_CutsUnits):
         drawn = self._context("samples").generator("samples")
         samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress)
         context.note("calibration", samples.describe())
-        return {}
+        found: dict[type, Any] = {}
+        if Activations in self._asked:
+            tokens = self._pass(samples)
+            tokens.run(self.progress)
+            found[Activations] = tokens.activations()
+        return found
+
+    @property
+    def _asked(self) -> set[type]:
+        return set(self.step.registered.asked(self.step.parameters).values())
+
+    def _pass(self, samples: Samples) -> ActivationPass:
+        skip = SKIP if self.calibration.skip is None else self.calibration.skip
+        return ActivationPass(
+            self.source, samples, self.state, getattr(torch, self.calibration.dtype), self.device, skip
+        )
 
     def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any]:
         tensors = self.source.read(piece.keys)
@@ -176,7 +237,7 @@ class PlanStage(_CutsUnits):
 class UnitStage(_CutsUnits, BlockStage):
     """A step whose method sees the units of one kind in one block."""
 
-    skip = 4
+    skip = SKIP
 
     def __post_init__(self) -> None:
         self.sizes = planned_sizes(self.source, self.step) or {}

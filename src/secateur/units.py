@@ -45,6 +45,15 @@ def present_sizes(source: Source, step: Step) -> Sizes:
     return sizes
 
 
+def planned_channels(source: Source, step: Step) -> int | None:
+    """How many channels of the residual stream stay; None where the step cuts none, or its `ratio` does not tell."""
+    parameters = step.parameters
+    if "channels" not in parameters.get("axis", ()) or "ratio" not in parameters or parameters.get("target"):
+        return None
+    ratio = (parameters.get("ratios") or {}).get("channels", parameters["ratio"])
+    return round_width(source.anatomy.hidden, ratio, parameters.get("multiple_of", 1))
+
+
 def output_matrices(source: Source, axes: Sequence[Axis]) -> dict[int, list[MatrixRef]]:
     """The matrices that read the units, by block in the order in which tokens meet them; their role is the axis."""
     refs: dict[int, list[MatrixRef]] = {}
@@ -61,7 +70,10 @@ def output_matrices(source: Source, axes: Sequence[Axis]) -> dict[int, list[Matr
 
 def wanted_ratio(parameters: Mapping[str, Any]) -> float:
     """The largest fraction that is to be removed of any block."""
-    return max([parameters["ratio"], *(parameters.get("ratios") or [])]) if "ratio" in parameters else 1.0
+    if "ratio" not in parameters or parameters.get("target"):
+        return 1.0
+    ratios = parameters.get("ratios") or []
+    return max([parameters["ratio"], *(ratios.values() if isinstance(ratios, Mapping) else ratios)])
 
 
 def planned_sizes(source: Source, step: Step, present: Sizes | None = None) -> Sizes | None:
@@ -71,11 +83,13 @@ def planned_sizes(source: Source, step: Step, present: Sizes | None = None) -> S
     """
     present = present or present_sizes(source, step)
     parameters = step.parameters
-    if "ratio" not in parameters:
+    if "ratio" not in parameters or parameters.get("target"):
         return None
     planned: Sizes = {}
     for axis, units in present.items():
-        ratios = parameters.get("ratios") or [parameters["ratio"]] * len(units)
+        ratios = parameters.get("ratios") or {}
+        if isinstance(ratios, Mapping):  # by axis
+            ratios = [ratios.get(axis, parameters["ratio"])] * len(units)
         if len(ratios) != len(units):
             raise RequestError(
                 f"{step.method}: ratios has {len(ratios)} values, but {source.spec} has {len(units)} layers."

@@ -34,6 +34,8 @@ class Slice:
 
 Axis = Literal["heads", "neurons"]
 AXES: tuple[Axis, ...] = ("heads", "neurons")
+CutAxis = Literal["heads", "neurons", "channels"]
+"""What may be cut: units of a block, or channels of the residual stream, which all blocks share."""
 
 
 @dataclass(frozen=True)

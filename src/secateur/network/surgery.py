@@ -27,6 +27,7 @@ def cut_tensors(
 
     Raises RunError when a new weight is not finite in that dtype.
     """
+    tensors = {**tensors, **_with_residuals(tensors, group, cut)}
     kept: dict[str, tuple[int, list[Tensor]]] = {}
     for part in group.slices:
         kept.setdefault(part.parameter, (part.dim, []))[1].append(part.indices(cut.kept))
@@ -49,6 +50,21 @@ def cut_tensors(
     return changed
 
 
+def _with_residuals(tensors: Mapping[str, Tensor], group: Group, cut: Cut) -> dict[str, Tensor]:
+    """Those of a group's inputs in which kept units take over what their partners differ by: 2 unit_i − unit_j."""
+    changed: dict[str, Tensor] = {}
+    for place in cut.mixed if cut.partners is not None else ():
+        part = group.inputs[place]
+        old, mine = tensors[part.parameter], part.indices(cut.kept)
+        assert cut.partners is not None
+        other = part.indices(cut.partners)
+        new = 2 * old.index_select(part.dim, mine).float() - old.index_select(part.dim, other).float()
+        alone = (mine == other).view([-1 if dim == part.dim else 1 for dim in range(old.dim())])
+        new = torch.where(alone, old.index_select(part.dim, mine), new.to(old.dtype))
+        changed[part.parameter] = changed.get(part.parameter, old).index_copy(part.dim, mine, new)
+    return changed
+
+
 def silence_tensors(tensors: Mapping[str, Tensor], group: Group, cut: Cut) -> dict[str, Tensor]:
     """The output matrix and bias of the uncut block that compute what the cut one does: removed columns are zero.
 
@@ -62,6 +78,15 @@ def silence_tensors(tensors: Mapping[str, Tensor], group: Group, cut: Cut) -> di
     silenced = {part.parameter: torch.zeros_like(old).index_copy(part.dim, columns, new)}
     if cut.output_bias is not None and group.output_bias:
         silenced[group.output_bias] = cut.output_bias.to(tensors[group.output_bias].dtype)
+    if cut.partners is not None:
+        pairs = [(i, j) for i, j in zip(cut.kept.tolist(), cut.partners.tolist(), strict=True) if i != j]
+        for part in (group.inputs[place] for place in cut.mixed):
+            whole = tensors[part.parameter]
+            old, now = (t.movedim(part.dim, 0) for t in (whole, silenced.get(part.parameter, whole).clone()))
+            for unit, partner in pairs:
+                rows, others = (old[part.offset + n * part.width :][: part.width].float() for n in (unit, partner))
+                now[part.offset + unit * part.width :][: part.width] = (rows + (rows - others)).to(now.dtype)
+            silenced[part.parameter] = now.movedim(0, part.dim)
     return silenced
 
 
@@ -86,6 +111,15 @@ def adopt_numbers(module: nn.Module, before: nn.Module, after: nn.Module) -> Non
             other = vars(new[path]).get(name, value) if path in new else value
             if type(value) in (int, float) and type(other) is type(value) and other != value:
                 setattr(module.get_submodule(path), name, other)
+
+
+def adopt_buffers(module: nn.Module, after: nn.Module) -> None:
+    """Numbers that modules keep in buffers, such as what embeddings are multiplied by, in place, as in a skeleton."""
+    new = dict(after.named_buffers())
+    for name, old in module.named_buffers():
+        other = new.get(name)
+        if other is not None and not other.is_meta and other.shape == old.shape and old.numel() == 1:
+            old.copy_(other)
 
 
 def replace_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:

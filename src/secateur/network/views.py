@@ -7,7 +7,10 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 
+from secateur.errors import RequestError
 from secateur.network.anatomy import AXES, Axis, FeedForward, Group, Slice
+from secateur.network.channels import find_channels
+from secateur.network.shapes import Shapes
 from secateur.network.source import Source
 
 
@@ -19,18 +22,27 @@ class Cut:
         kept: (k,) sorted indices of the units that stay.
         output: (hidden, k · width) new output matrix of the kept units, or None to keep their columns as they are.
         output_bias: (hidden,) new output bias, or None to keep the old one.
+        partners: (k,) units of which the kept ones take over the residual, unit_i + (unit_i − unit_j), in what makes them;
+            None where none does. A unit that is its own partner stays as it is.
+        mixed: which of the group's inputs that is done to, by place.
     """
 
     kept: Tensor
     output: Tensor | None = None
     output_bias: Tensor | None = None
+    partners: Tensor | None = None
+    mixed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of the units of a network: a cut by block index and kind of unit, for what is cut."""
+    """What becomes of the units of a network: a cut by block index and kind of unit, for what is cut.
+
+    channels: (k,) sorted indices of the channels of the residual stream that stay, in all blocks and outside; None for all.
+    """
 
     cuts: dict[tuple[int, Axis], Cut] = field(default_factory=dict)
+    channels: Tensor | None = None
 
 
 class Units:
@@ -91,6 +103,26 @@ class Units:
     def columns(self, units: Tensor) -> Tensor:
         """(k,) units as the (k · width,) columns of the output matrix that are theirs."""
         return Slice("", 1, 0, self.width).indices(units)
+
+    @property
+    def residual_inputs(self) -> tuple[int, ...]:
+        """Which inputs of attention take over residuals of other heads, by place in the group: all, but queries alone where
+        heads share keys and values. Raises RequestError where queries cannot be told from the rest.
+        """
+        attention, inputs = self._source.anatomy.blocks[self.block].attention, self._group.inputs
+        assert attention is not None, "asked of heads"
+        if attention.kv_heads == attention.heads:
+            return tuple(range(len(inputs)))
+        weights = [place for place, part in enumerate(inputs) if len(self._shape(part.parameter)) == 2]
+        if len(weights) != 3:
+            raise RequestError(
+                f"{self.name}: queries, keys and values lie interleaved in one matrix, so residuals of queries alone "
+                "cannot be taken over; leave that out."
+            )
+        return tuple(range(weights[1]))  # queries come first, their bias behind them
+
+    def _shape(self, parameter: str) -> tuple[int, ...]:
+        return tuple(self._source.skeleton.get_parameter(parameter).shape)
 
     def best(self, scores: Tensor) -> Cut:
         """Keeps the units with the highest of (count,) scores, among equals the first."""
@@ -163,6 +195,16 @@ class Network(Sequence[UnitsT]):
             if axis in axes and block.group(axis) and (blocks is None or block.index in blocks)
         ]
         self.hidden = source.anatomy.hidden
+        self.parameters = source.anatomy.parameters
+        self._source = source
+
+    def of(self, axis: Axis) -> list[UnitsT]:
+        """The units of one kind."""
+        return [units for units in self._units if units.axis == axis]
+
+    def counter(self, channels: bool = False) -> Shapes:
+        """Counts the parameters of the network with other widths. Raises RequestError where `channels` cannot be cut."""
+        return Shapes(self._source, find_channels(self._source) if channels else None)
 
     def __len__(self) -> int:
         return len(self._units)

@@ -25,8 +25,8 @@ from secateur.cuts import Cuts
 from secateur.errors import RequestError, RunError
 from secateur.files import write_tensors, write_text
 from secateur.network.anatomy import AXES, Axis, Block
-from secateur.network.matrices import MatrixRef, view
 from secateur.network.channels import cut_channels, norms_over
+from secateur.network.matrices import MatrixRef, view
 from secateur.network.store import build, raw_config
 from secateur.network.stream import Fetch, Piece, streamed_logits
 from secateur.network.surgery import adopt_buffers, adopt_numbers, cut_module, silence_tensors

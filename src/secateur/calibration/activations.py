@@ -1,23 +1,16 @@
 """How strongly neurons, heads and channels respond to calibration tokens, in one pass of the dense network."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.propagation import Batch, Propagation
-from secateur.calibration.samples import Samples
-from secateur.context import Progress, barrier, processes, silent
-from secateur.errors import RequestError, RunError
-from secateur.files import read_tensors, write_tensors
+from secateur.calibration.dense_pass import DensePass, add
+from secateur.calibration.propagation import Batch
 from secateur.network.anatomy import Block, Slice
-from secateur.network.source import Source
-from secateur.network.stream import loaded
-from secateur.network.verify import stored
 
 Aggregation = Literal["mean", "l2"]
 Response = Literal["neurons", "products", "heads", "channels"]
@@ -61,94 +54,24 @@ def aggregated(values: Tensor) -> dict[str, Tensor]:
     return {name: torch.stack([found.sum(dim=0), found.square().sum(dim=0)]) for name, found in each.items()}
 
 
-class ActivationPass:
-    """One pass of calibration tokens through the dense network, that goes on from the last block that is done.
+class ActivationPass(DensePass):
+    """Sees what units and norms of each block respond by."""
 
-    Args:
-        folder: for hidden states and what was seen.
-        skip: tokens at the beginning of each sequence that are not counted.
-
-    Raises RequestError where that leaves nothing of a sequence.
-    """
-
-    def __init__(
-        self, source: Source, samples: Samples, folder: Path, dtype: torch.dtype, device: str = "cpu", skip: int = 0
-    ) -> None:
-        self._source, self._folder = source, folder / "activations"
-        self._dtype, self._device, self._skip = dtype, device, skip
-        self._samples = Samples(samples.sequences, [], samples.name)  # held-out tokens decide nothing
-        shortest = min(len(ids) for ids in samples.sequences)
-        if skip >= shortest:
-            raise RequestError(
-                f"calibration: skip={skip} leaves nothing of a sequence of {shortest} tokens; give longer ones, or skip=0."
-            )
-        inside = [name for block in source.anatomy.blocks for name in block.parameters]
-        shapes = [source.skeleton.get_parameter(name).shape[-2:] for name in inside]
-        widest = max(max(shape) for shape in shapes if len(shape) > 1)
-        self._tokens = Propagation(source, self._samples, folder, dtype, device, widest)
-
-    @property
-    def batches(self) -> list[Batch]:
-        return self._tokens.batches
-
-    def run(self, progress: Progress = silent, blocks: Sequence[int] | None = None) -> None:
-        """Passes the tokens through all blocks, or those of `blocks` from the first on; what is done is not done again.
-
-        Raises RequestError when the pass was begun with another number of processes.
-        """
-        rank, world = processes()
-        if any(not path.stem.endswith(f"-of-{world}") for path in self._folder.glob("*.safetensors")):
-            raise RequestError(
-                "this run was begun with another number of processes; go on with as many, or say --restart."
-            )
-        every = range(len(self._source.anatomy.blocks))
-        left = [index for index in blocks or every if not self._seen(index, rank, world).exists()]
-        if left:
-            self._tokens.capture(stored(self._source))
-        with progress("statistics", len(left)) as bar:
-            for index in left:
-                self._block(index, write=index != every[-1])
-                bar.advance()
-        barrier()  # what every process has seen is there
+    name = "activations"
 
     def activations(self) -> Activations:
-        """What all processes have seen together. Raises RunError naming a block that responds by what is not finite."""
-        world, sums = processes()[1], dict[tuple[int, str], Tensor]()
-        for block in self._source.anatomy.blocks:
-            for rank in range(world):
-                for name, tensor in read_tensors(self._seen(block.index, rank, world))[0].items():
-                    if not bool(torch.isfinite(tensor).all()):
-                        raise RunError(
-                            f"block {block.index} gives non-finite activations on the calibration tokens; check the model."
-                        )
-                    key = block.index, name
-                    sums[key] = sums[key] + tensor if key in sums else tensor
-        return Activations(sums, len(self._samples.sequences))
-
-    def _block(self, index: int, write: bool) -> None:
-        block, seen = self._source.anatomy.blocks[index], dict[str, Tensor]()
-
-        def fetch(name: str) -> Tensor:
-            return self._source.parameter(name).to(self._device, self._dtype)
-
-        with loaded(self._source.skeleton, block.parameters, fetch):
-            self._tokens.run(index, around=lambda batch: self._watched(block, batch, seen), write=write)
-        write_tensors(self._seen(index, *processes()), {name: tensor.cpu() for name, tensor in sorted(seen.items())})
-        self._tokens.forget(index)
+        return Activations(self.gathered(), len(self.samples.sequences))
 
     @contextmanager
-    def _watched(self, block: Block, batch: Batch, seen: dict[str, Tensor]) -> Iterator[None]:
-        """While it is open, what the block's units respond by is summed."""
+    def watched(self, block: Block, batch: Batch, seen: dict[str, Tensor]) -> Iterator[None]:
         normed: list[Tensor] = []
 
         def note(response: Response, values: Tensor) -> None:
             for name, tensor in aggregated(values).items():
-                key = f"{response} {name}"
-                seen[key] = seen[key] + tensor if key in seen else tensor
+                add(seen, f"{response} {name}", tensor)
 
         def rows(tensor: Tensor) -> Tensor:
-            """(sequences, tokens, columns) without the first tokens; some modules are given all tokens in one row."""
-            return tensor.detach().reshape(*batch.ids.shape, tensor.shape[-1])[:, self._skip :]
+            return self.rows(tensor, batch)
 
         def neurons(_: nn.Module, given: Any) -> None:
             note("neurons", rows(given[0]))
@@ -170,7 +93,7 @@ class ActivationPass:
             normed.append(rows(output).double().abs())
 
         handles = []
-        model, hidden = self._source.skeleton, self._source.anatomy.hidden
+        model, hidden = self.source.skeleton, self.source.anatomy.hidden
         if block.feed_forward:
             handles.append(_module(model, block.feed_forward.down).register_forward_pre_hook(neurons))
             first = block.feed_forward.first
@@ -187,9 +110,6 @@ class ActivationPass:
                 handle.remove()
         if normed:
             note("channels", torch.stack(normed).sum(dim=0))
-
-    def _seen(self, index: int, rank: int, world: int) -> Path:
-        return self._folder / f"{index}-{rank}-of-{world}.safetensors"
 
 
 def _module(model: nn.Module, part: Slice) -> nn.Module:

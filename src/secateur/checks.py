@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from secateur.errors import RequestError
 from secateur.network.channels import channels_config, find_channels
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
+from secateur.network.rotation import find_roles, untied_config
 from secateur.network.source import Source
 from secateur.network.store import resized_config
 from secateur.network.vocabulary import open_vocabulary, token_rows
 from secateur.recipe import Step
 from secateur.targets import check_targets
-from secateur.units import Sizes, planned_channels, planned_sizes, present_sizes
+from secateur.units import Sizes, cuts_channels, planned_channels, planned_sizes, present_sizes, rotates
 
 
 def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Sizes:
@@ -59,8 +60,10 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
             raw = resized_config(
                 source, {axis: _for_all(source, units) for axis, units in (sizes | (planned or narrower)).items()}
             )
-            if "channels" in step.parameters.get("axis", ()):
+            if cuts_channels(step):
                 channels, kept = find_channels(source), planned_channels(source, step)
+                if rotates(step) and source.tensors and find_roles(source, channels).untied:
+                    raw = untied_config(source, raw)
                 if kept is not None:
                     channels_config(source, channels, raw, kept)
     return sizes

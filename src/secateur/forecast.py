@@ -16,6 +16,7 @@ from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.propagation import ACTIVATION_BYTES
 from secateur.calibration.samples import LENGTH, SELF, Calibration
 from secateur.calibration.statistics import CrossGram
+from secateur.calibration.stream_moment import StreamMoment
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
 from secateur.network.channels import find_channels
@@ -30,7 +31,7 @@ from secateur.run import Run, make_stage, request
 from secateur.solving import Solver
 from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
-from secateur.units import Sizes, asked_axes, output_matrices, planned_channels
+from secateur.units import Sizes, asked_axes, output_matrices, planned_channels, rotates
 from secateur.vocabulary_stage import VocabularyStage
 
 SHARD_BYTES = 256 * 10**6
@@ -129,8 +130,10 @@ def _needs(
                 fewer = parameter.numel() // parameter.shape[part.dim] * (group.count - kept) * part.width
                 removed[part.parameter] = removed.get(part.parameter, 0) + fewer
     left_channels = [width for step in steps if (width := planned_channels(original, step)) is not None]
-    if left_channels and left_channels[-1] < original.anatomy.hidden:
+    if left_channels:
         _remove_channels(original, left_channels[-1], removed)
+        if any(rotates(step) for step in steps) and (head := _untied(original)):
+            removed[head] = -left_channels[-1] * original.anatomy.vocabulary  # it gets a matrix of its own
     total = original.anatomy.parameters
     if original.tensors:
 
@@ -172,6 +175,11 @@ def _needs(
     }
 
 
+def _untied(source: Source) -> str | None:
+    """The head that shares the embedding."""
+    return next((group[-1] for group in source.anatomy.tied if source.anatomy.head in group), None)
+
+
 def _remove_channels(source: Source, kept: int, removed: dict[str, int]) -> None:
     """Adds what goes with channels to what goes with units, by parameter."""
     again = {name for group in source.anatomy.tied for name in group[1:]}
@@ -206,7 +214,7 @@ def _flow_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, i
     positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, positions)
     disk = memory = 0
-    if asked & {Flow, LossWithout, Activations}:
+    if asked & {Flow, LossWithout, Activations, StreamMoment}:
         copies = len(network.blocks) + 1 if LossWithout in asked else 1
         # those that a block reads and those that it writes
         disk = 2 * copies * tokens * network.hidden * getattr(torch, wishes.dtype).itemsize

@@ -32,6 +32,7 @@ from secateur.calibration.statistics import (
     InputNorms,
     Moments,
 )
+from secateur.calibration.stream_moment import StreamMoment
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.calibration.token_counts import TokenCounts
 from secateur.context import Context
@@ -69,6 +70,7 @@ __all__ = [
     "Neurons",
     "Plan",
     "Ratio",
+    "StreamMoment",
     "SyntheticGram",
     "TokenCounts",
     "Units",

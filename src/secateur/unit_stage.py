@@ -9,16 +9,18 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from secateur.block_stage import BlockStage, Loaded, errors
 from secateur.calibration.activations import ActivationPass, Activations
+from secateur.calibration.dense_pass import DensePass
 from secateur.calibration.passes import Rows
 from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
 from secateur.calibration.statistics import Statistics
+from secateur.calibration.stream_moment import StreamMoment, StreamPass
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
 from secateur.context import Context, barrier, processes
 from secateur.cuts import Cuts
@@ -27,6 +29,7 @@ from secateur.files import write_tensors, write_text
 from secateur.network.anatomy import AXES, Axis, Block
 from secateur.network.channels import cut_channels, norms_over
 from secateur.network.matrices import MatrixRef, view
+from secateur.network.rotation import stretched
 from secateur.network.store import build, raw_config
 from secateur.network.stream import Fetch, Piece, streamed_logits
 from secateur.network.surgery import adopt_buffers, adopt_numbers, cut_module, silence_tensors
@@ -39,6 +42,8 @@ from secateur.workspace import Journal
 
 logger = logging.getLogger(__name__)
 
+PassT = TypeVar("PassT", bound=DensePass)
+_PASSES: dict[type, type[ActivationPass] | type[StreamPass]] = {Activations: ActivationPass, StreamMoment: StreamPass}
 _ABSENT = object()
 SKIP = 4  # first tokens of a sequence, whose activations can be a hundred times as large
 
@@ -51,24 +56,30 @@ class _CutsUnits(Stage):
         return Cuts(self.source, self.state / "cuts", self.step.method, self.dtype)
 
     def decided(self) -> dict[str, Any]:
-        kept, of = self.cuts.channels, self.source.anatomy.hidden
-        return {"units": self.cuts.decided()} | ({} if kept is None else {"channels": {"kept": len(kept), "of": of}})
+        kept, of = self.cuts.width, self.source.anatomy.hidden
+        return {"units": self.cuts.decided()} | ({} if kept is None else {"channels": {"kept": kept, "of": of}})
 
     def config(self) -> dict[str, Any]:
         return self.cuts.config()
 
     def reference(self) -> AbstractContextManager[None]:
+        if self.cuts.basis is not None:
+            return stretched(self.source.skeleton, self.cuts.where, self.cuts.basis.shape[1])
         kept = self.cuts.channels
         return super().reference() if kept is None else norms_over(self.source.skeleton, self.cuts.where, kept)
 
     def expected(self) -> Fetch:
         fetch = self.cuts.silenced()
+        if self.cuts.basis is not None:  # rounded as it is written, and turned back: it would be rounded twice
+            return fetch
         return lambda names: {name: self._cast(name, tensor).float() for name, tensor in fetch(names).items()}
 
     def apply(self, module: nn.Module) -> None:
         self._decide_all()
         cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
         heads = any(axis == "heads" for _, axis in cuts)
+        if self.cuts.basis is not None:
+            raise RequestError(f"{self.step.method} does not rotate live modules; give a directory and an output.")
         if self.cuts.channels is not None:
             self._narrow(module, cuts)
             return
@@ -161,13 +172,15 @@ class PlanStage(_CutsUnits):
 
     def seconds(self) -> float:
         begun = time.time()
-        if Activations in self._asked:  # next to them the method itself takes no time
+        if kinds := [
+            kind for need, kind in _PASSES.items() if need in self._asked
+        ]:  # next to them the method itself takes no time
             positions = getattr(self.source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
             length = min(self.calibration.length or LENGTH, positions)
             drawn = self._context("tokens").generator()
             ids = torch.randint(self.source.anatomy.vocabulary, (self.calibration.count, length), generator=drawn)
-            batches = self._pass(Samples(list(ids), [], "random")).batches
-            self._pass(Samples(list(batches[0].ids), [], "random")).run(blocks=[0])
+            batches = self._pass(Samples(list(ids), [], "random"), kinds[0]).batches
+            self._pass(Samples(list(batches[0].ids), [], "random"), kinds[0]).run(blocks=[0])
             return (time.time() - begun) * len(batches) * len(self.source.anatomy.blocks)
         layers = [block.index for block in self.source.anatomy.blocks if block.feed_forward]
         self._ask(Context(self.seed, self.index), layers[:1])
@@ -176,14 +189,16 @@ class PlanStage(_CutsUnits):
     def _prepare(self) -> None:
         self._decide_all()
         self.cuts.config()
+        if self.cuts.basis is not None and not any(Journal(self.state).entries()):
+            self.cuts.check_rotation()
 
     def _decide_all(self) -> None:
         def decide(context: Context) -> dict[str, Any]:
             plan = self._ask(context)
             for (block, axis), cut in plan.cuts.items() if processes()[0] == 0 else ():
                 self.cuts.save(block, axis, cut)
-            if plan.channels is not None and processes()[0] == 0:
-                self.cuts.save_channels(plan.channels)
+            if processes()[0] == 0:
+                self.cuts.save_stream(plan)
             return {}
 
         self._once("plan", decide)
@@ -209,21 +224,20 @@ class PlanStage(_CutsUnits):
         samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress)
         context.note("calibration", samples.describe())
         found: dict[type, Any] = {}
-        if Activations in self._asked:
-            tokens = self._pass(samples)
-            tokens.run(self.progress)
-            found[Activations] = tokens.activations()
+        for need, kind in _PASSES.items():
+            if need in self._asked:
+                tokens = self._pass(samples, kind)
+                tokens.run(self.progress)
+                found[need] = tokens.activations() if isinstance(tokens, ActivationPass) else tokens.moment()
         return found
 
     @property
     def _asked(self) -> set[type]:
         return set(self.step.registered.asked(self.step.parameters).values())
 
-    def _pass(self, samples: Samples) -> ActivationPass:
+    def _pass(self, samples: Samples, kind: type[PassT]) -> PassT:
         skip = SKIP if self.calibration.skip is None else self.calibration.skip
-        return ActivationPass(
-            self.source, samples, self.state, getattr(torch, self.calibration.dtype), self.device, skip
-        )
+        return kind(self.source, samples, self.state, getattr(torch, self.calibration.dtype), self.device, skip)
 
     def _write(self, piece: Piece, name: str, journal: Journal) -> dict[str, Any]:
         tensors = self.source.read(piece.keys)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from secateur.calibration.stream_moment import StreamMoment
 from secateur.errors import RequestError
 from secateur.network.anatomy import AXES, Axis
 from secateur.network.matrices import MatrixRef
@@ -16,7 +17,7 @@ Sizes = dict[Axis, dict[int, int]]
 
 def asked_axes(step: Step) -> tuple[Axis, ...]:
     """The kinds of units that a step cuts, in the order in which tokens meet them."""
-    asked = step.parameters.get("axis", ["neurons"])
+    asked = step.parameters.get("axis", step.registered.axes)
     return tuple(axis for axis in AXES if axis in asked)
 
 
@@ -45,10 +46,19 @@ def present_sizes(source: Source, step: Step) -> Sizes:
     return sizes
 
 
+def cuts_channels(step: Step) -> bool:
+    return "channels" in step.parameters.get("axis", step.registered.axes)
+
+
+def rotates(step: Step) -> bool:
+    """Whether it asks for directions of the stream, to which it turns the network."""
+    return StreamMoment in step.registered.needs.values()
+
+
 def planned_channels(source: Source, step: Step) -> int | None:
     """How many channels of the residual stream stay; None where the step cuts none, or its `ratio` does not tell."""
     parameters = step.parameters
-    if "channels" not in parameters.get("axis", ()) or "ratio" not in parameters or parameters.get("target"):
+    if not cuts_channels(step) or "ratio" not in parameters or parameters.get("target"):
         return None
     ratio = (parameters.get("ratios") or {}).get("channels", parameters["ratio"])
     return round_width(source.anatomy.hidden, ratio, parameters.get("multiple_of", 1))

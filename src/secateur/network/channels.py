@@ -208,7 +208,7 @@ def norms_over(model: nn.Module, channels: Channels, kept: Tensor) -> Iterator[N
         for path in channels.norms:
             module = model.get_submodule(path)
             handles += [
-                module.register_forward_pre_hook(partial(stretch, _centres(module, channels.count))),
+                module.register_forward_pre_hook(partial(stretch, centres(module, channels.count))),
                 module.register_forward_hook(shrink),
             ]
         yield
@@ -217,7 +217,7 @@ def norms_over(model: nn.Module, channels: Channels, kept: Tensor) -> Iterator[N
             handle.remove()
 
 
-def _centres(module: nn.Module, width: int) -> bool:
+def centres(module: nn.Module, width: int) -> bool:
     """Whether a norm subtracts the mean: its output does not change when every channel grows by the same number."""
     twin = clone(module, lambda tensor: torch.ones(tensor.shape), lambda buffer: buffer)
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0))

@@ -39,10 +39,12 @@ class Plan:
     """What becomes of the units of a network: a cut by block index and kind of unit, for what is cut.
 
     channels: (k,) sorted indices of the channels of the residual stream that stay, in all blocks and outside; None for all.
+    basis: (h, d) instead of these, orthonormal directions of the residual stream, to which the network is rotated.
     """
 
     cuts: dict[tuple[int, Axis], Cut] = field(default_factory=dict)
     channels: Tensor | None = None
+    basis: Tensor | None = None
 
 
 class Units:

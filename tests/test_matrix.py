@@ -27,14 +27,23 @@ NO_HEADS = (
     "llama_mqa", "llama_mha", "opt", "gpt2", "gpt_neox", "gpt_neox_sequential", "gptj", "falcon", "falcon_new", "bloom",
     "olmoe", "mamba",
 )  # fmt: skip
+# Channels cannot go: the configuration ties the size of heads to their number, or a block is not understood.
+NO_CHANNELS = (
+    "opt", "gpt2", "gpt_neox", "gpt_neox_sequential", "gptj", "falcon", "falcon_new", "bloom", "olmoe", "mamba",
+)  # fmt: skip
+# A stream that can be turned has RMSNorms in front of readers, and nothing else, in blocks of matrices alone.
+NO_ROTATION = ("phi", "gemma2", "gemma3", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_mixed")
 # Small enough for seconds, large enough that a kill finds a method half way;
 # the metric whose engine has most to go on with.
 QUICK = {
     "prunenet": {"episodes": 3},
     "layer_drop": {"metric": "perplexity"},
     "bonsai": {"submodels": 4, "sequences": 1, "prior_sequences": 1, "per_round": 0.1},
+    "minitron": {"multiple_of": 16},
+    "slicegpt": {"multiple_of": 16},
 }
 WIDTH = 128  # of 160, at ratio 0.2, a multiple of 32
+CHANNELS = 48  # of 64, a multiple of 16
 # How much goes in all, where blocks come out with different widths.
 UNEVEN = {"adapt_pruner": {"overall": 0.2, "steps": 2, "strength": 0.2, "multiple_of": 1}}
 # Stored under other names than the model's: transformers renames for its own classes, not for ours, so that a result whose
@@ -74,8 +83,9 @@ def _divides(method: str) -> bool:
 
 def _axes(method: str, name: str) -> list[str]:
     """The units that it can cut there; query heads, which are not cut beside heads, have a test file of their own."""
-    refused = {"neurons": REFUSED, "heads": NO_HEADS, "experts": set(tiny.ARCHITECTURES) - set(MIXTURES)}
-    if (method in UNEVEN or _divides(method)) and name in RENAMED:
+    experts = set(tiny.ARCHITECTURES) - set(MIXTURES)
+    refused = {"neurons": REFUSED, "heads": NO_HEADS, "channels": NO_CHANNELS, "experts": experts}
+    if (method in UNEVEN or _divides(method)) and name in RENAMED or method == "slicegpt" and name in NO_ROTATION:
         return []
     return [axis for axis in methods()[method].axes if axis != "queries" and name not in refused[axis]]
 
@@ -153,6 +163,19 @@ def _check_divided(output: Path, dense: torch.nn.Module, result: torch.nn.Module
     assert all(unit["kept"] % 32 == 0 for unit in neurons)
     if set(decided["units"]) == {"neurons"}:
         assert sum(unit["kept"] for unit in neurons) == WIDTH * len(neurons)
+
+
+def _check_narrowed(output: Path, source: Path, dense: torch.nn.Module, result: torch.nn.Module) -> None:
+    """Channels are gone from everything outside and from every norm, the same ones everywhere."""
+    kept = load_file(output / "secateur/kept.safetensors")["channels"]
+    assert len(kept) == result.config.get_text_config().hidden_size == CHANNELS
+    network = secateur.network.source.open_model(source).anatomy
+    norms = [name for block in network.blocks for name in block.norms]
+    before, after = dict(dense.named_parameters()), dict(result.named_parameters())
+    outside = [name for name in after if name in network.outside and before[name].shape[-1] == tiny.HIDDEN]
+    assert outside and set(network.embeddings) <= set(outside)
+    for name in [*outside, *(name for name in norms if before[name].shape == (tiny.HIDDEN,))]:
+        assert torch.equal(after[name], before[name][..., kept]), f"{name} has lost the same channels as all others"
 
 
 def _attention(block: Block) -> set[str]:
@@ -240,6 +263,11 @@ def test_every_method_on_every_architecture(
         _check_renumbered(first, dense, result)
     elif method in UNEVEN:
         _check_uneven(source, recipe.steps[0].parameters["axis"], dense, result)
+    elif method == "slicegpt":  # changes every number; what they compute is told by the reload check
+        assert result.config.get_text_config().hidden_size == CHANNELS
+        assert {p.shape[-1] for n, p in result.named_parameters() if n.endswith("norm.weight")} >= {CHANNELS}
+    elif "channels" in recipe.steps[0].parameters.get("axis", []):
+        _check_narrowed(first, source, dense, result)
     elif _cuts(method):
         _check_cut(source, _axes(method, name), dense, result)
     else:
@@ -251,7 +279,7 @@ def test_every_method_on_every_architecture(
     torch.testing.assert_close(clean.logits(first, words, **trust), here, atol=1e-5, rtol=1e-5)
     tokens = result.generate(torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] > len(words[0]), "the result generates"
-    if _drops(method):  # the cache is addressed by the numbers of blocks
+    if _drops(method) or "heads" in methods()[method].axes:  # the cache is addressed by blocks, and holds heads
         without = result.generate(
             torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False
         )

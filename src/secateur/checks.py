@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from secateur.errors import RequestError
 from secateur.network.anatomy import Axis
 from secateur.network.blocks import lacking
+from secateur.network.channels import channels_config, find_channels
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.heterogeneous import BlockShape, heterogeneous_config
 from secateur.network.modelling_file import BLOCK, frame, nothings
+from secateur.network.rotation import find_roles, untied_config
 from secateur.network.source import Source
 from secateur.network.store import raw_config, resized_config
 from secateur.network.vocabulary import open_vocabulary, token_rows
@@ -15,7 +17,7 @@ from secateur.recipe import Step
 from secateur.solving import Solver
 from secateur.targets import check_targets
 from secateur.unit_budgets import measure_of
-from secateur.units import Sizes, planned_sizes, present_sizes
+from secateur.units import Sizes, cuts_channels, planned_channels, planned_sizes, present_sizes, rotates
 
 
 def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Sizes:
@@ -66,12 +68,22 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
             # widths of their own, one that is narrower than the others
             differ = not step.parameters.get("uniform", planned is not None)
             narrower: Sizes = {
-                axis: {index: units if differ and index else max(1, units - 1) for index, units in widths.items()}
+                # some numbers of heads must divide the hidden size, which half of them does
+                axis: {
+                    index: units if differ and index else max(1, units // 2 if axis == "heads" else units - 1)
+                    for index, units in widths.items()
+                }
                 for axis, widths in present.items()
             }
-            resized_config(
+            raw = resized_config(
                 source, {axis: _for_all(source, axis, units) for axis, units in (sizes | (planned or narrower)).items()}
             )
+            if cuts_channels(step):
+                channels, kept = find_channels(source), planned_channels(source, step)
+                if rotates(step) and source.tensors and find_roles(source, channels).untied:
+                    raw = untied_config(source, raw)
+                if kept is not None:
+                    channels_config(source, channels, raw, kept)
     return sizes
 
 

@@ -213,6 +213,8 @@ def _print_forecast(said: dict[str, Any]) -> None:
                 "and about as many units go in all",
                 highlight=False,
             )
+    if channels := said["channels"]:
+        console.print(f"would cut: channels {channels['of']} → {channels['kept']}", highlight=False)
     if blocks := said["blocks"]:
         console.print(f"would remove: {blocks['of'] - blocks['kept']} of {blocks['of']} blocks", highlight=False)
     for each in said["parts"]:

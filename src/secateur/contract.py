@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from secateur.calibration.activations import Activations
 from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
@@ -27,6 +28,7 @@ from secateur.calibration.statistics import (
     InputNorms,
     Moments,
 )
+from secateur.calibration.stream_moment import StreamMoment
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.calibration.token_counts import TokenCounts
 from secateur.calibration.unit_gradients import UnitGradients
@@ -228,6 +230,10 @@ NEEDS: dict[type, Need] = {
         _TEXT,
         beside=(Network,),
     ),
+    Activations: Need(
+        "any", (), "how strongly neurons, heads and channels respond in the dense network", _TEXT, beside=(Network,)
+    ),
+    StreamMoment: Need("any", (), "which directions of the residual stream are used", _TEXT, beside=(Network,)),
     Vocabulary: Need("vocabulary", (KeptTokens,), "the tokens of the model, and what each of them writes"),
     TokenCounts: Need("any", (), "how often each token occurs in the whole text", _TEXT, beside=(Vocabulary,)),
     Budget: Need("any", (), "how many weights the matrix loses, in which pattern", beside=(Weight,)),

@@ -1,7 +1,8 @@
 """The cuts of one step, kept in files: saved as they are decided, read by whatever writes, checks or tells of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,27 @@ from torch import Tensor, nn
 from secateur.errors import RunError
 from secateur.files import read_tensors, write_tensors
 from secateur.network.anatomy import AXES, Axis, Block, Group
+from secateur.network.channels import (
+    Channels,
+    channels_config,
+    embedding_factor,
+    find_channels,
+    silence_channels,
+    stored_channels,
+)
 from secateur.network.checkpoint import stored_buffers
+from secateur.network.rotation import Roles, find_roles, lifted, projected, rotated, stretched, untied_config
 from secateur.network.routing import unchosen
 from secateur.network.source import Source
-from secateur.network.store import stored_dtype
-from secateur.network.stream import Fetch
+from secateur.network.store import build, resized_config, stored_dtype
+from secateur.network.stream import Fetch, streamed_logits
 from secateur.network.surgery import cut_tensors, remade, silence_tensors
-from secateur.network.views import Cut
+from secateur.network.verify import TOLERANCE, prompt, stored
+from secateur.network.views import Cut, Plan
 
 
 class Cuts:
-    """What becomes of the units of a network, by block and axis.
+    """What becomes of the units of a network, by block and axis, and of the channels of its stream, which all blocks share.
 
     Args:
         folder: for the files.
@@ -45,6 +56,62 @@ class Cuts:
         tensors, _ = read_tensors(self._path(block, axis))
         makers = tuple(tensors[f"maker {place}"] for place in range(sum(name.startswith("maker") for name in tensors)))
         return Cut(tensors["kept"], tensors.get("output"), tensors.get("output_bias"), makers or None)
+
+    def save_stream(self, plan: Plan) -> None:
+        """Keeps what becomes of the stream. Raises RunError when a method returned what cannot be."""
+        hidden, kept, basis = self._source.anatomy.hidden, plan.channels, plan.basis
+        if kept is not None:
+            ordered = kept.dim() == 1 and len(kept) > 0 and bool((kept[1:] > kept[:-1]).all())
+            if not ordered or int(kept[0]) < 0 or int(kept[-1]) >= hidden:
+                raise RunError(f"{self._method}: an impossible set of channels was kept; nothing was cut.")
+            write_tensors(self._stream_path, {"kept": kept.cpu()})
+        elif basis is not None:
+            if plan.cuts:
+                raise RunError(f"{self._method}: a network that is turned cannot lose units in the same step.")
+            basis = basis.double().cpu()
+            far = (basis.T @ basis - torch.eye(basis.shape[1], dtype=basis.dtype)).abs().max()
+            if len(basis) != hidden or not float(far) < 1e-6:
+                raise RunError(f"{self._method}: the directions kept are not orthonormal; nothing was cut.")
+            write_tensors(self._stream_path, {"basis": basis.contiguous()})
+
+    @cached_property
+    def _stream(self) -> dict[str, Tensor]:
+        """What becomes of the stream. Asked for when all is decided."""
+        return read_tensors(self._stream_path)[0] if self._stream_path.exists() else {}
+
+    @property
+    def channels(self) -> Tensor | None:
+        """(k,) the channels that stay, None where all do."""
+        return self._stream.get("kept")
+
+    @property
+    def basis(self) -> Tensor | None:
+        """(h, d) float64, the directions to which the stream is turned, None where it is not."""
+        return self._stream.get("basis")
+
+    @property
+    def width(self) -> int | None:
+        """How many channels the result has, None where they stay as they are."""
+        return len(self.channels) if self.channels is not None else None if self.basis is None else self.basis.shape[1]
+
+    @cached_property
+    def where(self) -> Channels:
+        """Where the channels lie. Raises RequestError where they cannot be cut."""
+        return find_channels(self._source)
+
+    def config(self, plain: bool = False) -> dict[str, Any]:
+        """The source's configuration for what stays. Raises RequestError where it cannot say that.
+
+        plain: only a configuration that needs no code.
+        """
+        raw = resized_config(self._source, self.sizes(), plain)
+        if self.basis is not None and self._roles.untied:
+            raw = untied_config(self._source, raw)
+        return raw if self.width is None else channels_config(self._source, self.where, raw, self.width)
+
+    @cached_property
+    def _roles(self) -> Roles:
+        return find_roles(self._source, self.where)
 
     def known(self) -> list[tuple[int, Axis]]:
         """What is cut, by block and in the order in which tokens meet the units."""
@@ -76,7 +143,10 @@ class Cuts:
 
     def kept(self) -> dict[str, Tensor]:
         """The units that stay, for the file beside the model."""
-        return {f"block {block}, {axis}": self.read(block, axis).kept for block, axis in self.known()}
+        units = {f"block {block}, {axis}": self.read(block, axis).kept for block, axis in self.known()}
+        if self.basis is not None:
+            units["basis"] = self.basis.float()
+        return units if self.channels is None else {**units, "channels": self.channels}
 
     def apply(self, blocks: Sequence[Block], tensors: dict[str, Tensor]) -> None:
         """Cuts stored tensors in place of the whole ones; `blocks` are those that all lie in `tensors`."""
@@ -95,6 +165,12 @@ class Cuts:
                             del tensors[key]
                     tensors.update(apart)
         self._cut_buffers(tensors)
+        if self.channels is not None:
+            for key, dims in self._stored_channels.items():
+                for dim in dims if key in tensors else ():
+                    tensors[key] = tensors[key].index_select(dim, self.channels)
+        elif self.basis is not None:
+            self._rotate(tensors)
 
     def _cut_buffers(self, tensors: dict[str, Tensor]) -> None:
         """Learned vectors that are no parameters, which lie in the piece of their block."""
@@ -109,12 +185,75 @@ class Cuts:
                 assert key is not None
                 tensors[key] = tensors[key].index_select(0, kept)
 
+    def _rotate(self, tensors: dict[str, Tensor]) -> None:
+        """Turns the stored tensors of a piece, in place of the whole ones; an untied head becomes a tensor of its own."""
+        roles, parts, old = self._roles, self._source.parts, dict(tensors)
+        names = [name for name in self.where.dims if parts[name][0].key in old]
+
+        def read(name: str) -> Tensor:
+            return self._source.assemble([name], old)[name]
+
+        for name, tensor in self._turned(names, read).items():
+            if name == roles.untied:
+                tensors[name] = tensor
+            else:
+                tensors.update(self._source.take_apart(name, tensor, old))
+
+    def _turned(
+        self, names: Sequence[str], read: Callable[[str], Tensor], dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Rotated parameters in the dtype that is written, or another; Raises RunError naming one that does not fit."""
+        assert self.basis is not None
+        found = rotated(self._roles, self.basis, names, read, self._embedding_factor)
+        for name, tensor in found.items():
+            found[name] = tensor.to(dtype or self._written(read(name)))
+            if not bool(torch.isfinite(found[name]).all()):
+                raise RunError(f"{name} holds values too large once it is rotated; write another with --dtype float32.")
+        return found
+
+    def check_rotation(self) -> None:
+        """The rotated network, in float32 and not yet rounded, computes what the whole one does when its stream holds
+        nothing but what lies in the basis. Raises RunError where it does not.
+
+        The reload check cannot tell that: rounded weights in one basis are not rounded ones in another.
+        """
+        narrow = build(self._source, self.config())
+        assert narrow is not None and self.basis is not None, "the configuration was found by building it"
+        network, ids, basis = self._source.anatomy, torch.tensor([prompt(self._source.anatomy.vocabulary)]), self.basis
+        roles, whole = self._roles, stored(self._source)
+        _ = self._embedding_factor  # found now: it runs the skeleton
+
+        def project(names: Sequence[str]) -> Mapping[str, Tensor]:
+            return projected(roles, basis, whole(names))
+
+        def turn(names: Sequence[str]) -> Mapping[str, Tensor]:
+            read = {**whole([name for name in names if name not in self.where.dims])}
+            return read | self._turned(names, lambda name: whole([name])[name], torch.float32)
+
+        with stretched(self._source.skeleton, self.where, basis.shape[1]):
+            wanted = streamed_logits(self._source.skeleton, network, project, ids)
+        found = streamed_logits(narrow, network, turn, ids)
+        difference = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
+        if not difference <= TOLERANCE:
+            raise RunError(
+                f"{self._method}: the rotated network of {self._source.spec} computes something else (its logits differ by "
+                f"{difference:.2g}), so nothing was written; choose a method that cuts channels as they are."
+            )
+
+    @cached_property
+    def _embedding_factor(self) -> float:
+        return embedding_factor(self._source, self.where, self.config())
+
     def silenced(self) -> Fetch:
         """The source's parameters with what was cut silenced instead: the reload check runs the uncut network with them.
 
         Nothing of what cut and wrote the result is used again, so a mistake there shows.
         """
         inside = {name: block for block in self._source.anatomy.blocks for name in block.parameters}
+        if self.basis is not None:
+            return self._lifted()
+        # found now: it runs the skeleton, which runs already when parameters are fetched
+        embeddings = {} if self.channels is None else self._embeddings()
 
         def fetch(names: Sequence[str]) -> Mapping[str, Tensor]:
             tensors = self._source.read_parameters(names)
@@ -132,6 +271,8 @@ class Cuts:
                     # in the dtype that is written, so that what was refitted is rounded here as it was there
                     changed = {name: tensors[name].to(self._written(tensors[name])) for name in names_of if name}
                     tensors = {**tensors, **silence_tensors(changed, group, cut)}
+            if self.channels is not None:
+                tensors = silence_channels(tensors, self.where, self.channels, embeddings)
             return tensors
 
         return fetch
@@ -155,6 +296,28 @@ class Cuts:
                 old = tensors[part.parameter]
                 found[part.parameter] = old.index_fill(0, self._gone(block), -torch.inf)
         return found
+
+    def _lifted(self) -> Fetch:
+        """What is written, turned back into the source's architecture."""
+        assert self.basis is not None
+        basis, factor = self.basis, self._embedding_factor
+
+        def fetch(names: Sequence[str]) -> Mapping[str, Tensor]:
+            tensors = self._source.read_parameters(names)
+            tensors = {name: tensor.to(self._written(tensor)) for name, tensor in tensors.items()}
+            tensors |= self._turned(names, self._source.parameter)
+            return {name: tensor.float() for name, tensor in lifted(self._roles, basis, tensors, names, factor).items()}
+
+        return fetch
+
+    @cached_property
+    def _stored_channels(self) -> dict[str, tuple[int, ...]]:
+        return stored_channels(self._source, self.where)
+
+    def _embeddings(self) -> dict[str, float]:
+        """What the network with fewer channels multiplies embeddings by, where that is not what the source does."""
+        factor = self._embedding_factor
+        return {} if abs(factor - 1) < 1e-6 else dict.fromkeys(self._source.anatomy.embeddings, factor)
 
     def check(self, block: int, axis: Axis, cut: Cut) -> None:
         """Raises RunError naming the block when a method returned what cannot be done."""
@@ -193,6 +356,10 @@ class Cuts:
     def _written(self, tensor: Tensor) -> torch.dtype:
         # refitted weights are rounded once, to what is written
         return stored_dtype(self._source, self._dtype, tensor.dtype)
+
+    @property
+    def _stream_path(self) -> Path:
+        return self._folder / "stream.safetensors"
 
     def _path(self, block: int, axis: Axis) -> Path:
         return self._folder / axis / f"{block}.safetensors"

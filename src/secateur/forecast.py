@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from secateur.calibration.activations import Activations
 from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
@@ -18,9 +19,11 @@ from secateur.calibration.routing import Routing
 from secateur.calibration.samples import LENGTH, SELF, Calibration
 from secateur.calibration.silenced_flow import SilencedFlow
 from secateur.calibration.statistics import CrossGram, Gram
+from secateur.calibration.stream_moment import StreamMoment
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
 from secateur.network.blocks import lacking
+from secateur.network.channels import find_channels
 from secateur.network.depth import blocks_to_remove
 from secateur.network.matrices import MatrixRef
 from secateur.network.modelling_file import BLOCK, part_parameters
@@ -36,7 +39,7 @@ from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
 from secateur.unit_allocation import divider
 from secateur.unit_budgets import Measure, asked_for, counted, tokens_counted
-from secateur.units import Sizes, asked_axes, output_matrices
+from secateur.units import Sizes, asked_axes, output_matrices, planned_channels, rotates
 from secateur.vocabulary_stage import VocabularyStage
 
 SHARD_BYTES = 256 * 10**6
@@ -66,8 +69,8 @@ def dry_run(
         said["time"] = "not known before the weights are converted"
         return said
     step = plan.steps[0]
-    if step.registered.scope == "network" and step.parameters.get(
-        "ratios"
+    if step.registered.scope == "network" and isinstance(
+        step.parameters.get("ratios"), list
     ):  # one for each layer, of which one is tried
         tried = step.model_copy(update={"parameters": {**step.parameters, "ratios": step.parameters["ratios"][:1]}})
         plan = plan.model_copy(update={"steps": (tried, *plan.steps[1:])})
@@ -143,6 +146,11 @@ def _needs(
                 parameter = original.skeleton.get_parameter(part.parameter)
                 fewer = parameter.numel() // parameter.shape[part.dim] * (group.count - kept) * part.width
                 removed[part.parameter] = removed.get(part.parameter, 0) + fewer
+    left_channels = [width for step in steps if (width := planned_channels(original, step)) is not None]
+    if left_channels:
+        _remove_channels(original, left_channels[-1], removed)
+        if any(rotates(step) for step in steps) and (head := _untied(original)):
+            removed[head] = -left_channels[-1] * original.anatomy.vocabulary  # it gets a matrix of its own
     total = original.anatomy.parameters
     if original.tensors:
 
@@ -174,6 +182,7 @@ def _needs(
         "blocks": {"kept": left, "of": count} if left < count else None,
         "parts": parts,
         "vocabulary": {"kept": original.anatomy.vocabulary - rows, "of": original.anatomy.vocabulary} if rows else None,
+        "channels": {"kept": left_channels[-1], "of": original.anatomy.hidden} if left_channels else None,
         "units": {
             axis: {str(block): {"kept": kept, "of": group.count} for block, (kept, group) in units.items()}
             for axis, units in cut.items()
@@ -196,6 +205,21 @@ def _multiply_adds(source: Source, sizes: Sizes, blocks: int) -> dict[str, int]:
     measure: Measure = "multiply_adds"
     after = counted(source, measure, sizes, blocks)
     return {"before": counted(source, measure), "after": after, "tokens": tokens_counted(source)}
+
+
+def _untied(source: Source) -> str | None:
+    """The head that shares the embedding."""
+    return next((group[-1] for group in source.anatomy.tied if source.anatomy.head in group), None)
+
+
+def _remove_channels(source: Source, kept: int, removed: dict[str, int]) -> None:
+    """Adds what goes with channels to what goes with units, by parameter."""
+    again = {name for group in source.anatomy.tied for name in group[1:]}
+    for name, dims in find_channels(source).dims.items():
+        if name not in again:
+            whole = source.skeleton.get_parameter(name).numel()
+            left = whole - removed.get(name, 0)
+            removed[name] = whole - left * kept ** len(dims) // source.anatomy.hidden ** len(dims)
 
 
 def _rows_removed(source: Source, plan: Recipe, device: str) -> int:
@@ -239,7 +263,7 @@ def _flow_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, i
     positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, positions)
     disk = memory = 0
-    if asked & {Flow, LossWithout, Routing}:
+    if asked & {Flow, LossWithout, Routing, Activations, StreamMoment}:
         copies = len(network.blocks) + 1 if LossWithout in asked else 1
         # those that a block reads and those that it writes
         disk = 2 * copies * tokens * network.hidden * getattr(torch, wishes.dtype).itemsize

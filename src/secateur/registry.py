@@ -20,6 +20,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import BeforeValidator
 
+from secateur.calibration.activations import Activations
 from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
@@ -34,13 +35,14 @@ from secateur.calibration.statistics import (
     InputNorms,
     Moments,
 )
+from secateur.calibration.stream_moment import StreamMoment
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.calibration.token_counts import TokenCounts
 from secateur.calibration.unit_gradients import UnitGradients
 from secateur.context import Context
 from secateur.contract import COMMON, NEEDS, Axes, Kind, MaskFrom, Ratio, UnitsFrom
 from secateur.errors import RequestError, suggest
-from secateur.network.anatomy import COLUMN_AXES, Axis
+from secateur.network.anatomy import COLUMN_AXES, CutAxis
 from secateur.network.blocks import Blocks, Kept
 from secateur.network.scores import ErrorCurves, UnitScores
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Neurons, Plan, Units, Update, Weight
@@ -48,6 +50,7 @@ from secateur.network.vocabulary import KeptTokens, Vocabulary
 from secateur.tensor.patterns import Budget
 
 __all__ = [
+    "Activations",
     "Allocation",
     "Axes",
     "BlockGradients",
@@ -77,6 +80,7 @@ __all__ = [
     "Ratio",
     "Routing",
     "SilencedFlow",
+    "StreamMoment",
     "SyntheticGram",
     "TokenCounts",
     "UnitGradients",
@@ -103,7 +107,7 @@ class Method:
     when: str
     speedup: str
     learned: bool
-    axes: tuple[Axis, ...]
+    axes: tuple[CutAxis, ...]
     function: Callable[..., Any]
     needs: dict[str, type]
     schema: type[pydantic.BaseModel]
@@ -246,7 +250,7 @@ def method(
     when: Literal["before training", "during training", "after training", "at inference"],
     speedup: Literal["universal", "specific", "none"],
     learned: bool = False,
-    axes: tuple[Axis, ...] = COLUMN_AXES,
+    axes: tuple[CutAxis, ...] = COLUMN_AXES,
     only: Mapping[str, Mapping[str, Any]] | None = None,
     refuses: Callable[[Mapping[str, Any]], str | None] = lambda _: None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -89,7 +89,10 @@ def summary(receipt: Mapping[str, Any]) -> list[str]:
                 f"{decision['method']}: {UNITS[axis]} {alike if len(each) == 1 else differing}, "
                 f"{1 - kept / of:.1%} removed"
             )
-        if not decision["units"]:
+        if channels := decision.get("channels"):
+            share = 1 - channels["kept"] / channels["of"]
+            lines.append(f"{decision['method']}: channels {channels['kept']} of {channels['of']}, {share:.1%} removed")
+        elif not decision["units"]:
             lines.append(f"{decision['method']}: nothing was cut")
         elif budget := decision.get("budget"):
             lines.append(f"{decision['method']}: {budget_line(budget)}")

@@ -28,10 +28,11 @@ from secateur.network.source import Source, check_device, open_model
 from secateur.network.store import check_output
 from secateur.network.verify import CleanProcess, verify
 from secateur.network.zeros import size_under_zstd
+from secateur.plan_stage import PlanStage
 from secateur.recipe import Recipe
 from secateur.report import measure, model_card
 from secateur.stage import Stage
-from secateur.unit_stage import PlanStage, UnitStage
+from secateur.unit_stage import UnitStage
 from secateur.units import Sizes
 from secateur.vocabulary_stage import VocabularyStage
 from secateur.weight_stage import WeightStage

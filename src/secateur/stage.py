@@ -89,7 +89,10 @@ class Stage(ABC):
         """Parameters of the source's architecture that compute what the result is to compute: the reload check runs them."""
 
     def reference(self) -> AbstractContextManager[None]:
-        """What the source runs inside of while it stands for the result, beside having the parameters `expected`."""
+        """While it is open, the source's skeleton computes what the result is to compute, given `expected`'s parameters.
+
+        For what no parameters can say; most need nothing.
+        """
         return nullcontext()
 
     @abstractmethod

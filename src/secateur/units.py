@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from secateur.calibration.stream_moment import StreamMoment
 from secateur.errors import RequestError
 from secateur.network.anatomy import AXES, Axis, Block
 from secateur.network.matrices import MatrixRef
@@ -22,7 +23,7 @@ WORDS: dict[Axis, str] = {
 
 def asked_axes(step: Step) -> tuple[Axis, ...]:
     """The kinds of units that a step cuts, in the order in which tokens meet them."""
-    asked = step.parameters.get("axis", [axis for axis in step.registered.axes if axis != "heads"])
+    asked = step.parameters.get("axis", step.registered.axes)
     return tuple(axis for axis in AXES if axis in asked)
 
 
@@ -80,6 +81,24 @@ def _experts(source: Source, step: Step, block: Block) -> int:
     return group.count
 
 
+def cuts_channels(step: Step) -> bool:
+    return "channels" in step.parameters.get("axis", step.registered.axes)
+
+
+def rotates(step: Step) -> bool:
+    """Whether it asks for directions of the stream, to which it turns the network."""
+    return StreamMoment in step.registered.needs.values()
+
+
+def planned_channels(source: Source, step: Step) -> int | None:
+    """How many channels of the residual stream stay; None where the step cuts none, or its `ratio` does not tell."""
+    parameters = step.parameters
+    if not cuts_channels(step) or "ratio" not in parameters or parameters.get("target"):
+        return None
+    ratio = (parameters.get("ratios") or {}).get("channels", parameters["ratio"])
+    return round_width(source.anatomy.hidden, ratio, parameters.get("multiple_of", 1))
+
+
 def output_matrices(source: Source, axes: Sequence[Axis]) -> dict[int, list[MatrixRef]]:
     """The matrices that read the units, by block in the order in which tokens meet them; their role is the axis."""
     refs: dict[int, list[MatrixRef]] = {}
@@ -96,7 +115,10 @@ def output_matrices(source: Source, axes: Sequence[Axis]) -> dict[int, list[Matr
 
 def wanted_ratio(parameters: Mapping[str, Any]) -> float:
     """The largest fraction that is to be removed of any block."""
-    return max([parameters["ratio"], *(parameters.get("ratios") or [])]) if "ratio" in parameters else 1.0
+    if "ratio" not in parameters or parameters.get("target"):
+        return 1.0
+    ratios = parameters.get("ratios") or []
+    return max([parameters["ratio"], *(ratios.values() if isinstance(ratios, Mapping) else ratios)])
 
 
 def planned_sizes(
@@ -113,6 +135,8 @@ def planned_sizes(
     present = present or present_sizes(source, step)
     parameters = step.parameters
     if "ratio" not in parameters or not parameters.get("uniform", True):
+        return None
+    if step.registered.scope == "network" and parameters.get("target"):  # the method looks for the shape itself
         return None
     if parameters.get("ratios") and parameters.get("allocation"):
         raise RequestError(f"{step.method}: give either ratios or an allocation: both say what each block keeps.")
@@ -134,7 +158,9 @@ def _by_ratio(source: Source, step: Step, present: Sizes) -> Sizes:
     parameters = step.parameters
     planned: Sizes = {}
     for axis, units in present.items():
-        ratios = parameters.get("ratios") or [parameters["ratio"]] * len(units)
+        ratios = parameters.get("ratios") or {}
+        if isinstance(ratios, Mapping):  # by axis
+            ratios = [ratios.get(axis, parameters["ratio"])] * len(units)
         if len(ratios) != len(units):
             raise RequestError(
                 f"{step.method}: ratios has {len(ratios)} values, but {source.spec} has {len(units)} layers."

@@ -38,6 +38,8 @@ Axis = Literal["heads", "queries", "neurons", "experts"]
 AXES: tuple[Axis, ...] = ("heads", "queries", "neurons", "experts")
 COLUMN_AXES: tuple[Axis, ...] = ("heads", "queries", "neurons")
 """Units that are inputs of a matrix; experts are whole layers, known by what the router says of them."""
+CutAxis = Literal["heads", "queries", "neurons", "experts", "channels"]
+"""What may be cut: units of a block, or channels of the residual stream, which all blocks share."""
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,15 @@ def adopt_numbers(module: nn.Module, before: nn.Module, after: nn.Module) -> Non
                 setattr(module.get_submodule(path), name, other)
 
 
+def adopt_buffers(module: nn.Module, after: nn.Module) -> None:
+    """Numbers that modules keep in buffers, such as what embeddings are multiplied by, in place, as in a skeleton."""
+    new = dict(after.named_buffers())
+    for name, old in module.named_buffers():
+        other = new.get(name)
+        if other is not None and not other.is_meta and other.shape == old.shape and old.numel() == 1:
+            old.copy_(other)
+
+
 def replace_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Puts `tensor` in the place of a parameter and corrects what its module says of its own size."""
     path, _, attribute = name.rpartition(".")

@@ -8,7 +8,10 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from secateur.errors import RequestError
 from secateur.network.anatomy import AXES, Axis, FeedForward, Group, Slice
+from secateur.network.channels import find_channels
+from secateur.network.shapes import Shapes
 from secateur.network.source import Source
 
 
@@ -32,9 +35,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of the units of a network: a cut by block index and kind of unit, for what is cut."""
+    """What becomes of the units of a network: a cut by block index and kind of unit, for what is cut.
+
+    channels: (k,) sorted indices of the channels of the residual stream that stay, in all blocks and outside; None for all.
+    basis: (h, d) instead of these, orthonormal directions of the residual stream, to which the network is rotated.
+    """
 
     cuts: dict[tuple[int, Axis], Cut] = field(default_factory=dict)
+    channels: Tensor | None = None
+    basis: Tensor | None = None
 
 
 class Units:
@@ -118,6 +127,26 @@ class Units:
         """(k,) units as the (k · width,) columns of the output matrix that are theirs."""
         return Slice("", 1, 0, self.width).indices(units)
 
+    @property
+    def residual_inputs(self) -> tuple[int, ...]:
+        """Which inputs of attention take over residuals of other heads, by place in the group: all, but queries alone where
+        heads share keys and values. Raises RequestError where queries cannot be told from the rest.
+        """
+        attention, inputs = self._source.anatomy.blocks[self.block].attention, self._group.inputs
+        assert attention is not None, "asked of heads"
+        if attention.kv_heads == attention.heads:
+            return tuple(range(len(inputs)))
+        weights = [place for place, part in enumerate(inputs) if len(self._shape(part.parameter)) == 2]
+        if len(weights) != 3:
+            raise RequestError(
+                f"{self.name}: queries, keys and values lie interleaved in one matrix, so residuals of queries alone "
+                "cannot be taken over; leave that out."
+            )
+        return tuple(range(weights[1]))  # queries come first, their bias behind them
+
+    def _shape(self, parameter: str) -> tuple[int, ...]:
+        return tuple(self._source.skeleton.get_parameter(parameter).shape)
+
     def best(self, scores: Tensor) -> Cut:
         """Keeps the units with the highest of (count,) scores, among equals the first; as many of each set."""
         self.scores = scores
@@ -192,6 +221,16 @@ class Network(Sequence[UnitsT]):
             if axis in axes and block.group(axis) and (blocks is None or block.index in blocks)
         ]
         self.hidden = source.anatomy.hidden
+        self.parameters = source.anatomy.parameters
+        self._source = source
+
+    def of(self, axis: Axis) -> list[UnitsT]:
+        """The units of one kind."""
+        return [units for units in self._units if units.axis == axis]
+
+    def counter(self, channels: bool = False) -> Shapes:
+        """Counts the parameters of the network with other widths. Raises RequestError where `channels` cannot be cut."""
+        return Shapes(self._source, find_channels(self._source) if channels else None)
 
     def __len__(self) -> int:
         return len(self._units)

@@ -83,7 +83,7 @@ def try_loader(
         told: dict[str, Any] = json.loads(done.stdout)
         if "error" in told:
             said = [line.strip() for line in done.stderr.splitlines() if "llama_model_load: error" in line]
-            return Tried(error=" ".join([told["error"], *said[:1]]))
+            return Tried(error=" ".join([told["error"], *said[:1]]), version=told.get("version", ""))
         numbers = read_tensors(file)[0] if file.exists() else {}
     plain = {name: told[name] for name in ("missing", "version", "note", "speed") if name in told}
     split = tuple(told["ids"]) if "ids" in told else None

@@ -1,4 +1,4 @@
-"""Runs in a process of its own: opens one model with one loader, as someone without Secateur would, and says what it computed.
+"""Runs in a process of its own: opens one model with one loader, as someone without Secateur would.
 
 Reads one JSON object from standard input: {"loader", "location", "ids", "words", "tokens", "threads", "answer", "trust"};
 answers with one line of JSON: {"version", "note", "speed", "ids", "written"}, or {"missing"} where the loader is not
@@ -40,7 +40,8 @@ def with_transformers(asked: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(asked["threads"])
     extra = {"gguf_file": Path(asked["location"]).name} if asked["location"].endswith(".gguf") else {}
     place = str(Path(asked["location"]).parent) if extra else asked["location"]
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+    loader: Any = transformers.AutoModelForCausalLM
+    model, loading = loader.from_pretrained(
         place, dtype=torch.float32, trust_remote_code=asked["trust"], output_loading_info=True, **extra
     )
     # transformers fills what it does not find with random numbers and only warns; here that is a failure
@@ -102,7 +103,7 @@ def with_onnxruntime(asked: dict[str, Any]) -> dict[str, Any]:
         difference = np.abs(run(rows)[-1] - logits[: len(rows[0])]).max()
         if not difference <= 1e-3 * max(1, np.abs(logits).max()):
             raise RuntimeError(f"the logits of {len(rows)}x{len(rows[0])} tokens differ by {difference:.2g}")
-    made, start = [], time.perf_counter()
+    made, start = list[int](), time.perf_counter()
     for _ in range(asked["tokens"]):
         made.append(int(run([ids + made])[0, -1].argmax()))
     speed = len(made) / (time.perf_counter() - start)
@@ -195,12 +196,15 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     package, use = LOADERS[asked["loader"]]
     if importlib.util.find_spec(package) is None:
         return {"missing": package}
-    version = {}
+    result = {}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        version = {"version": importlib.metadata.version(package)}
+        result["version"] = importlib.metadata.version(package)
     if use is None:
-        return {**version, "note": "installed, but not tried by this version of Secateur"}
-    return {**version, **use(asked)}
+        return {**result, "note": "installed, but not tried by this version of Secateur"}
+    try:
+        return {**result, **use(asked)}
+    except Exception as error:  # whatever stops a user from loading it is the answer
+        return {**result, "error": f"{type(error).__name__}: {str(error).strip()[:500]}"}
 
 
 def main() -> None:
@@ -210,11 +214,7 @@ def main() -> None:
     os.dup2(2, 1)
     if asked["loader"] != "secateur":
         sys.meta_path.insert(0, _NoSecateur())
-    try:
-        result = answer(asked)
-    except Exception as error:  # whatever stops a user from loading it is the answer
-        result = {"error": f"{type(error).__name__}: {str(error).strip()[:500]}"}
-    channel.write(json.dumps(result) + "\n")
+    channel.write(json.dumps(answer(asked)) + "\n")
     channel.flush()
     os._exit(0)  # a server's threads would keep the process
 

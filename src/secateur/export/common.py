@@ -23,6 +23,7 @@ class Exported:
         bytes: of all files; source_bytes: of the model's stored tensors.
         checks: a sentence for each check that was made.
         notes: what whoever uses the result must know.
+        measured: "difference" of logits and "speed" in tokens a second, where the result was run.
     """
 
     format: str
@@ -33,6 +34,7 @@ class Exported:
     source_bytes: int
     checks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """The card, line by line."""

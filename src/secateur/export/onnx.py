@@ -4,15 +4,19 @@ The graph reads whole sequences: it suits scoring, embedding and short texts. Ge
 for every token. Shapes stand in the graph, so blocks that differ are nothing special.
 """
 
+import logging
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from secateur.errors import RequestError, RunError
 from secateur.export.check import difference, need, try_loader
-from secateur.export.common import Exported, check_place, whole_directory
+from secateur.export.common import Exported, check_place, size_of, whole_directory
 from secateur.files import write_text
+from secateur.network.checkpoint import line
 from secateur.network.source import Source, load
 from secateur.network.store import copy_companions, raw_config, write_config
 from secateur.network.verify import TOLERANCE, prompt
@@ -108,5 +112,6 @@ def _card(source: Source) -> str:
     base = source.place.base or source.place.directory.name
     return (
         f"---\n{licence}library_name: onnx\ntags:\n- secateur\n---\n\n# {base} as ONNX\n\nMade with Secateur. "
-        f"`{FILE}` takes `input_ids` (batch, tokens) and gives `logits` (batch, tokens, vocabulary) in float32; it has no KV cache.\n"
+        f"`{FILE}` takes `input_ids` (batch, tokens) and gives `logits` (batch, tokens, vocabulary) in float32; it has "
+        "no KV cache.\n"
     )

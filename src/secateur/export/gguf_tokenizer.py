@@ -77,9 +77,11 @@ def read_words(directory: Path, tokenizer: Any, rows: int, spec: str) -> Words:
     if kind != "BPE":
         raise RequestError(f"the tokenizer of {spec} is of type {kind}; only BPE can be exported to GGUF so far.")
     added = {entry["id"]: entry for entry in raw.get("added_tokens", [])}
-    names = {number: token for token, number in core["vocab"].items()} | {n: e["content"] for n, e in added.items()}
+    names = {number: token for token, number in core["vocab"].items()}
     if names and max(names) >= rows:
         raise RequestError(f"the tokenizer of {spec} knows token {max(names)}, but its embedding has {rows} rows.")
+    # transformers may add a token that the model never had when it reads a tokenizer out of a GGUF file
+    names |= {number: entry["content"] for number, entry in added.items() if number < rows}
     whole = core.get("byte_fallback", False)
     pre = "default" if whole else _pre_tokenizer(raw, spec)
     merges = [entry if isinstance(entry, str) else " ".join(entry) for entry in core["merges"]]

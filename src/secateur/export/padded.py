@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from secateur.errors import RequestError
 from secateur.export.common import Exported, check_place, size_of, whole_directory
 from secateur.files import write_json, write_tensors, write_text
-from secateur.network.anatomy import AXES, Slice
+from secateur.network.anatomy import AXES, Anatomy, anatomy
 from secateur.network.locate import Place
 from secateur.network.modelling_file import is_heterogeneous, plain_config
 from secateur.network.source import Source, open_model
@@ -61,8 +61,8 @@ def to_padded(source: Source, output: Path, dtype: str | None = None) -> Exporte
         widest = {axis: max(widths.values()) for axis, widths in sizes.items() if widths}
         wanted = {axis: dict.fromkeys(sizes[axis], width) for axis, width in widest.items()}
         config = resized_config(whole, wanted, plain=True) if wanted != sizes else _common(raw_config(whole))
-        places = _places(source, whole, widest)
         wide = _built(source, config)
+        places = _places(source, anatomy(wide))
         with whole_directory(output) as folder:
             _write(folder, source, wide, places)
             write_config(folder, config, None)
@@ -118,36 +118,27 @@ def _built(source: Source, config: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _places(source: Source, whole: Source, widest: Mapping[Any, int]) -> dict[str, list[tuple[int, Tensor, int]]]:
+def _places(source: Source, wide: Anatomy) -> dict[str, list[tuple[int, Tensor, int]]]:
     """Where the numbers of each parameter go: (dimension, the index of each of them in the wider one, how wide that is).
 
-    A fused parameter holds several stretches of units one after another; each is widened by itself.
+    A fused parameter holds several stretches of units one after another. They are taken from the wider network: with a
+    single head left its queries, keys and values look like one.
     """
-    found: dict[str, dict[int, list[tuple[Slice, int, int]]]] = {}
-    for block in source.anatomy.blocks:
+    places: dict[str, list[tuple[int, Tensor, int]]] = {}
+    for narrow, block in zip(source.anatomy.blocks, wide.blocks, strict=True):
         for axis in AXES:
-            if group := block.group(axis):
-                for part in group.slices:
-                    stretches = found.setdefault(part.parameter, {}).setdefault(part.dim, [])
-                    stretches.append((part, group.count, widest[axis]))
-    places = {}
-    for name, dims in found.items():
-        shape = source.skeleton.get_parameter(name).shape
-        places[name] = [_widened(dim, shape[dim], stretches) for dim, stretches in dims.items()]
+            had, group = narrow.group(axis), block.group(axis)
+            if not had or not group or had.count == group.count:
+                continue
+            dims = {(part.parameter, part.dim) for part in group.slices}
+            for name, dim in sorted(dims):
+                stretches = [part for part in group.slices if (part.parameter, part.dim) == (name, dim)]
+                lost = torch.arange(had.count, group.count)
+                gone = torch.cat([part.indices(lost) for part in stretches])
+                size = source.skeleton.get_parameter(name).shape[dim] + len(gone)
+                kept = torch.ones(size, dtype=torch.bool).index_fill(0, gone, False)
+                places.setdefault(name, []).append((dim, kept.nonzero().flatten(), size))
     return places
-
-
-def _widened(dim: int, size: int, stretches: list[tuple[Slice, int, int]]) -> tuple[int, Tensor, int]:
-    """stretches: each with the units it has and the units it is to have."""
-    index, shift, at = [], 0, 0
-    for part, count, wanted in sorted(stretches, key=lambda each: each[0].offset):
-        end = part.offset + count * part.width
-        # what lies before the stretch moves as far as those before it have grown
-        index.append(torch.arange(at, end) + shift)
-        shift += (wanted - count) * part.width
-        at = end
-    index.append(torch.arange(at, size) + shift)
-    return dim, torch.cat(index), size + shift
 
 
 def _widen(values: Tensor, shape: tuple[int, ...], places: list[tuple[int, Tensor, int]], name: str) -> Tensor:

@@ -70,7 +70,7 @@ def _write(file: Path, layout: Layout, words: Words) -> dict[str, int]:
     """Writes the file with one tensor in memory at a time; a checksum for each."""
     writer = GGUFWriter(file, gguf.MODEL_ARCH_NAMES[layout.arch])
     try:
-        layout.metadata(writer)
+        layout.metadata(writer, words.tokens)
         words.write(writer)
         for entry in layout.entries:
             block, size = gguf.GGML_QUANT_SIZES[entry.kind]

@@ -243,9 +243,17 @@ class Layout:
         if self.factors is not None:
             yield Entry("rope_freqs.weight", None, self.factors.shape, vector, values=self.factors)
 
-    def metadata(self, writer: GGUFWriter) -> None:
+    def _name(self, tokens: list[str]) -> str:
+        """What the file is called inside. llama.cpp treats tokens of its own choice apart where it says Phi-3, and does not
+        load a file of that name without them.
+        """
+        name = self.source.place.base or self.source.spec
+        wanted = {"<unk>", "<s>", "<|endoftext|>"} <= set(tokens)
+        return name if wanted or not any(each in name.lower() for each in ("phi3", "phi-3")) else "model"
+
+    def metadata(self, writer: GGUFWriter, tokens: list[str]) -> None:
         source, config = self.source, self.config
-        writer.add_name(source.place.base or source.spec)
+        writer.add_name(self._name(tokens))
         if source.place.licence:
             writer.add_license(source.place.licence)
         writer.add_file_type(TYPES[self.dtype][1])

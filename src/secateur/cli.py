@@ -185,6 +185,56 @@ def inspect(
             show_inspection(source, console)
 
 
+@app.command()
+def export(
+    model: Model,
+    to: Annotated[str, typer.Option(help="gguf, onnx, or padded (one width for blocks that differ).")],
+    output: Annotated[Path, typer.Option(help="File (gguf) or directory to write; must not exist.")],
+    dtype: Annotated[str | None, typer.Option(help="gguf: f32, f16, bf16, q8_0; default the model's own.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="The card as JSON.")] = False,
+    trust_remote_code: Trust = False,
+    log_level: LogLevel = "warning",
+    debug: Debug = False,
+    quiet: Quiet = False,
+) -> None:
+    """Writes MODEL in another format and checks what was written."""
+    with _told(log_level, debug):
+        from secateur.export import export as run
+
+        done = run(model, to, output, dtype, trust_remote_code)
+        if json_:
+            typer.echo(json.dumps(done.to_dict(), indent=2))
+        elif not quiet:
+            for line in done.lines():
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def loads(
+    model: Model,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens each loader generates.")] = 8,
+    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    trust_remote_code: Trust = False,
+    log_level: LogLevel = "warning",
+    debug: Debug = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tries what loads MODEL: every loader in a clean process, its logits compared with those of transformers."""
+    with _told(log_level, debug):
+        from secateur.loads import loads as run
+        from secateur.loads import table
+
+        rows = []
+        with _progress(quiet)("loaders", 0) as bar:
+            for row in run(model, trust_remote_code, tokens):
+                rows.append(row)
+                bar.advance(1)
+        if json_:
+            typer.echo(json.dumps([row.to_dict() for row in rows], indent=2))
+        else:
+            console.print(table(rows))
+
+
 def _print_method(card: dict[str, Any]) -> None:
     console.print(f"{card['name']} ({card['kind']}): {card['summary']}", highlight=False)
     for key in ("paper", "claim", "when", "speedup", "decides", "data", "scope"):

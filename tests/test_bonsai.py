@@ -20,6 +20,7 @@ from secateur.context import Context
 from secateur.errors import RunError
 from secateur.forecast import dry_run
 from secateur.methods.structure.bonsai import bonsai
+from secateur.network.anatomy import COLUMN_AXES
 from secateur.network.source import load, open_model
 from secateur.network.views import Cut, Network, Units
 
@@ -45,7 +46,7 @@ def test_silent_units_are_those_of_zero_output_columns(name: str) -> None:
     assert dense == pytest.approx(mean_loss(live, drawn()), abs=1e-5) and evaluator.count == 4
     silent: dict[Key, Tensor] = {}
     for block in source.anatomy.blocks[:2]:
-        for group in block.groups:
+        for group in filter(None, map(block.group, COLUMN_AXES)):
             if group.count > 1:
                 silent[block.index, group.axis] = gone = torch.tensor([0, group.count - 1][: group.count - 1])
                 with torch.no_grad():
@@ -57,7 +58,7 @@ def test_silent_units_are_those_of_zero_output_columns(name: str) -> None:
     assert evaluator.loss({}) == dense != told, "nothing is left behind"
     sizes = evaluator.sizes(silent)
     for block in source.anatomy.blocks[:2]:
-        for group in block.groups:
+        for group in filter(None, map(block.group, COLUMN_AXES)):
             gone = silent.get((block.index, group.axis), torch.empty(0, dtype=torch.long))
             assert sizes[block.index, group.axis].nonzero().numel() <= group.count * group.output.width - len(gone)
             assert not sizes[block.index, group.axis][group.output.indices(gone) - group.output.offset].any()

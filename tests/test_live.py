@@ -51,11 +51,11 @@ def masked(module: nn.Module, kept: list[torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "opt", "llama_tied"])
 def test_each_layer_has_its_ratio(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, kept = tiny.make(name), []
-    from secateur import unit_stage
+    from secateur import cut_stage
 
-    cut_module = unit_stage.cut_module
+    cut_module = cut_stage.cut_module
     monkeypatch.setattr(
-        unit_stage,
+        cut_stage,
         "cut_module",
         lambda m, a, cuts: (kept.extend(c.kept for c in cuts.values()), cut_module(m, a, cuts)),
     )

@@ -247,7 +247,7 @@ def test_criterion_refit_and_allocation_in_one_step(
 @pytest.mark.parametrize(
     ("step", "what"),
     [
-        ({"random_units": {"allocation": "flap_search"}}, "states no scores of units"),
+        ({"unit_surgeon": {"allocation": "flap_search"}}, "states no scores of units"),
         ({"wanda_units": {"allocation": {"flap_search": {"limit": 0.3}}}}, "limit=0.3"),
     ],
 )

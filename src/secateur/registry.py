@@ -206,7 +206,7 @@ class Method:
                 raise RequestError(
                     f"{self.name}: {name}={other} cuts no {missing[0]}; name another method, or another axis."
                 )
-        for axis in read["axis"] if self.scope == "units" else ():
+        for axis in read.get("axis", ()):
             if axis not in self.axes:
                 raise RequestError(f"{self.name} cuts {' and '.join(self.axes)} only, not {axis}; leave `axis` out.")
         return read

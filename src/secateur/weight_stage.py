@@ -50,8 +50,9 @@ class WeightStage(BlockStage):
         said = []
         for block in self.source.anatomy.blocks:
             said.append(self._do(block))
-            for name, tensor in read_tensors(self._changes(block.index))[0].items():
-                module.get_parameter(name).data.copy_(tensor)
+            for path in self._changes(block.index):
+                for name, tensor in read_tensors(path)[0].items():
+                    module.get_parameter(name).data.copy_(tensor)
             self._forget(block.index)
         self._conclude(said)
         self.notes["matrices"] = self.matrices
@@ -144,28 +145,26 @@ class WeightStage(BlockStage):
         names = {ref.parameter for ref in self.refs.get(block.index, [])}
         for name in set(loaded.working) - names:
             del loaded.working[name]
-        # one at a time, so that a block is not held twice
-        changed = {
-            name: (loaded.precise.pop(name) if name in loaded.precise else loaded.working.pop(name)).to(
-                self._written(name)
-            )
-            for name in sorted(names)
-        }
         write_masks(self._masks() / f"{block.index}.safetensors", masks)
-        write_tensors(self._changes(block.index), changed)
+        # one at a time, each in a file of its own, so that a block is not held twice
+        for name, path in zip(sorted(names), self._changes(block.index), strict=True):
+            old = loaded.precise.pop(name) if name in loaded.precise else loaded.working.pop(name)
+            write_tensors(path, {name: old.to(self._written(name))})
+            del old
 
     def _change(self, blocks: Sequence[Block], tensors: dict[str, Tensor]) -> None:
         for block in blocks:
-            # not copied: the file stays mapped until the shard is written
-            with safe_open(self._changes(block.index), framework="pt") as file:
-                for parameter in file.keys():
-                    tensors.update(self.source.take_apart(parameter, file.get_tensor(parameter), tensors))
+            for path in self._changes(block.index):
+                # not copied: the file stays mapped until the shard is written
+                with safe_open(path, framework="pt") as file:
+                    for parameter in file.keys():
+                        tensors.update(self.source.take_apart(parameter, file.get_tensor(parameter), tensors))
 
     def _kept(self, block: int) -> bool:
-        return self._changes(block).exists()
+        return all(path.exists() for path in self._changes(block))
 
     def _drop(self, block: int) -> None:
-        self._changes(block).unlink(missing_ok=True)
+        shutil.rmtree(self.state / "changes" / str(block), ignore_errors=True)
 
     def _conclude(self, entries: Sequence[Mapping[str, Any]]) -> None:
         super()._conclude(entries)
@@ -253,5 +252,7 @@ class WeightStage(BlockStage):
     def _masks(self) -> Path:
         return (self.artifacts or self.state) / FOLDER
 
-    def _changes(self, block: int) -> Path:
-        return self.state / "changes" / f"{block}.safetensors"
+    def _changes(self, block: int) -> list[Path]:
+        """Where what becomes of a block's matrices waits for its shard, in the order of their names."""
+        names = sorted({ref.parameter for ref in self.refs.get(block, [])})
+        return [self.state / "changes" / str(block) / f"{name}.safetensors" for name in names]

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from secateur.calibration.samples import Samples
 from secateur.errors import RunError
-from secateur.network.anatomy import AXES, Axis, Group
+from secateur.network.anatomy import COLUMN_AXES, Axis, Group
 from secateur.network.source import Source, conversion_dtype, load
 
 Key = tuple[int, Axis]
@@ -36,7 +36,9 @@ class Evaluator:
     count: how many sequences there are.
     """
 
-    def __init__(self, source: Source, samples: Samples, axes: Sequence[Axis] = AXES, device: str = "cpu") -> None:
+    def __init__(
+        self, source: Source, samples: Samples, axes: Sequence[Axis] = COLUMN_AXES, device: str = "cpu"
+    ) -> None:
         self._source, self._sequences, self._device = source, samples.sequences, device
         self._groups: dict[Key, Group] = {
             (block.index, axis): group
@@ -149,13 +151,15 @@ class Rehearsal(Evaluator):
     seconds: what the passes that were asked for would take, by one that was tried.
     """
 
-    def __init__(self, source: Source, samples: Samples, axes: Sequence[Axis] = AXES, device: str = "cpu") -> None:
+    def __init__(
+        self, source: Source, samples: Samples, axes: Sequence[Axis] = COLUMN_AXES, device: str = "cpu"
+    ) -> None:
         super().__init__(source, samples, axes, device)
         self._drawn, self._passes = torch.Generator().manual_seed(0), 0
 
     @property
     def seconds(self) -> float:
-        tried = Evaluator(self._source, Samples(self._sequences[:1], [], "tried"), tuple(AXES), self._device)
+        tried = Evaluator(self._source, Samples(self._sequences[:1], [], "tried"), tuple(COLUMN_AXES), self._device)
         tried.loss({})  # loads it
         begun = time.time()
         tried.loss({})

@@ -59,6 +59,14 @@ def to_padded(source: Source, output: Path, dtype: str | None = None) -> Exporte
         found = {axis: [(block.index, block.group(axis)) for block in whole.anatomy.blocks] for axis in AXES}
         sizes = {axis: {index: group.count for index, group in groups if group} for axis, groups in found.items()}
         widest = {axis: max(widths.values()) for axis, widths in sizes.items() if widths}
+        queries, heads = (sizes.pop(axis, {}) for axis in ("queries", "heads"))
+        if len(set(queries.values())) > 1 and len(set(heads.values())) == 1:
+            raise RequestError(
+                f"blocks of {source.spec} differ in how many query heads share keys and values, and there is no padding for "
+                "that; it loads with its own file of code (--trust-remote-code)."
+            )
+        sizes["heads"] = heads  # with all their queries
+        widest.pop("queries", None)
         wanted = {axis: dict.fromkeys(sizes[axis], width) for axis, width in widest.items()}
         config = resized_config(whole, wanted, plain=True) if wanted != sizes else _common(raw_config(whole))
         wide = _built(source, config)
@@ -128,6 +136,8 @@ def _places(source: Source, wide: Anatomy) -> dict[str, list[tuple[int, Tensor, 
     for narrow, block in zip(source.anatomy.blocks, wide.blocks, strict=True):
         for axis in AXES:
             had, group = narrow.group(axis), block.group(axis)
+            if axis == "queries":  # they go with the heads
+                continue
             if not had or not group or had.count == group.count:
                 continue
             dims = {(part.parameter, part.dim) for part in group.slices}

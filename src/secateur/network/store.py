@@ -114,7 +114,7 @@ def _single_heads(block: Block, sizes: Sizes) -> tuple[int | None, int | None]:
         heads, kv_heads = (kept * count // of for count in (attention.heads, attention.kv_heads))
     if attention and attention.queries:
         kept = sizes.get("queries", {}).get(block.index, attention.queries.count)
-        if kept < attention.queries.count:
+        if kept != attention.queries.count:
             heads, kv_heads = kept, attention.kv_heads
     return heads, kv_heads
 

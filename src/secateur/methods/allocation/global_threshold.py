@@ -18,7 +18,7 @@ from secateur.tensor.patterns import Pattern
     speedup="specific",
     refuses=lambda given: (
         "it counts single weights, not tiles; give a plain fraction, such as pattern=0.5."
-        if Pattern.parse(given["pattern"]).block is not None
+        if "pattern" in given and Pattern.parse(given["pattern"]).block is not None
         else None
     ),
 )

@@ -93,6 +93,7 @@ class _Module:
     claim="forward passes alone give better structured pruning than gradients, on one GPU that can only run the model",
     when="after training",
     speedup="universal",
+    axes=("heads", "neurons"),
 )
 def bonsai(
     network: Network[Units],

@@ -25,16 +25,28 @@ from secateur.network.source import load
 from secateur.recipe import Recipe
 from secateur.registry import find
 
+RATIO = "the ratio"  # stands for it where a method calls it otherwise
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("random_units", {}),
     "largest norms": ("magnitude_units", {"norm": "all"}),
+    "folding": ("fold", {}),
+    "folding, Ward": ("fold", {"cluster": "ward"}),
     "TransAct": ("transact", {}),
     "FLAP": ("flap", {}),
     "activation x weight": ("wanda_units", {}),
     "activation x weight, LIAR": ("liar", {"by": "wanda_units"}),
+    "FLAP's search": ("flap", {"allocation": "flap_search"}),
+    "activation x weight, equal errors": ("wanda_units", {"allocation": "equal_error"}),
+    "LLM-Pruner": ("llm_pruner", {}),
+    "LLM-Pruner, LIAR": ("liar", {"by": "llm_pruner"}),
+    "Minitron": ("minitron", {}),
+    "Adapt-Pruner, 10 steps": ("adapt_pruner", {"overall": RATIO}),
+    "Bonsai": ("bonsai", {}),
     "COMP-style": ("comp", {}),
     "Zipf surgeon (ours)": ("zipf_surgeon", {}),
     "unit surgeon (ours)": ("unit_surgeon", {}),
+    "unit surgeon (ours), alphapruning": ("unit_surgeon", {"allocation": "alphapruning"}),
+    "channels: Minitron": ("minitron", {"axis": ["channels"], "multiple_of": 8}),
 }
 DRAWN = {"random_units", "zipf_surgeon"}
 
@@ -61,9 +73,13 @@ def main() -> None:
             rows = []
             for name, (method, given) in METHODS.items():
                 wanted = not options.only or {name, method} & set(options.only)
-                if not wanted or not set(options.axis) <= set(find(method).axes):
+                if not wanted or not set(given.get("axis", options.axis)) <= set(find(method).axes):
                     continue
-                step = {method: {"ratio": ratio, "axis": options.axis, **given}}
+                settings = (
+                    {"axis": options.axis, **given} if "axis" in find(method).schema.model_fields else dict(given)
+                )
+                named = [key for key, value in settings.items() if value == RATIO] or ["ratio"]
+                step = {method: {**settings, named[0]: ratio}}
                 learns = Recipe.parse({"steps": [step]}).calibrated
                 runs = []
                 for seed in range(options.seeds if learns or method in DRAWN else 1):

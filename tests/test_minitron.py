@@ -216,7 +216,7 @@ def test_a_shape_within_the_budget_is_chosen(
     model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
 ) -> None:
     dense = outcome.parameters(tiny.make("llama"))
-    said = recipe(ids, axis=["neurons", "channels"], target=0.7)
+    said = recipe(ids, axis=["neurons", "channels"], target=f"{0.7 * dense / 1000:.3f}k")
     result = secateur.compress(model("llama"), recipe=said, output=tmp_path / "out", evaluate=False, clean=clean)
     found = outcome.parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert 0.95 * 0.7 * dense <= found <= 0.7 * dense
@@ -226,12 +226,12 @@ def test_a_shape_within_the_budget_is_chosen(
     assert found == best["parameters"]
     same = recipe(ids, axis=["neurons", "channels"], target=int(0.7 * dense))
     again = secateur.compress(tiny.make("llama"), recipe=same).receipt["decisions"][0]["kept"]
-    assert again["channels"] == shapes["chosen"]["channels"], "a number is another way to say the fraction"
+    assert again["channels"] == shapes["chosen"]["channels"], "a plain number is another way to say it"
 
 
 def test_a_budget_that_no_shape_has(model: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
     with pytest.raises(secateur.RequestError, match="no shape with half of the neurons or more has about") as refusal:
-        secateur.compress(model("llama"), recipe=recipe(ids, target=0.1), output=tmp_path / "out")
+        secateur.compress(model("llama"), recipe=recipe(ids, target=10_000), output=tmp_path / "out")
     assert str(refusal.value).count(". ") <= 1 and not (tmp_path / "out").exists()
 
 

@@ -187,6 +187,7 @@ class BlockStage(Stage):
                 context = self._context(f"block-{block.index}")
                 said[ref.name] = self._settle(number[ref.name], ref, loaded, statistics, rows, context)
                 warnings.extend(sentence for sentence in context.warnings if sentence not in warnings)
+                give_back_memory()  # what one matrix needed beside it, the next would come on top of
 
             number = {ref.name: place for place, ref in enumerate(refs)}
             if self._passes is None:

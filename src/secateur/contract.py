@@ -91,8 +91,9 @@ def count_of(value: Any) -> Any:
 
 
 _PatternText = Annotated[str, BeforeValidator(lambda value: str(Pattern.parse(value)))]
-_Targets = Annotated[list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-_Target = Annotated[int | None, BeforeValidator(count_of)]
+Targets = Annotated[list[str] | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Target = Annotated[int | None, BeforeValidator(count_of)]
+"""A number of parameters, written as a person would, or None."""
 Axes = Annotated[
     list[Axis], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
@@ -109,7 +110,7 @@ COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
             "nearest that can be reached with one ratio for all blocks is taken",
         ),
         "target": (
-            _Target,
+            Target,
             None,
             'how many parameters (multiply-adds where `of` says so) the model is to have, such as 100e6 or "100M"; counts '
             "before `ratio`",
@@ -141,7 +142,7 @@ COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
             "what each matrix loses: a fraction (0.5), N kept of M (2:4), or a fraction in whole tiles (0.5/16x16)",
         ),
         "targets": (
-            _Targets,
+            Targets,
             None,
             "matrices to prune: names with * in them, or attention, feed_forward, expert, mixer; default all in the blocks",
         ),

@@ -32,7 +32,7 @@ from torch import Tensor
 from secateur.errors import RequestError
 from secateur.network.anatomy import CutAxis
 from secateur.network.widths import round_width
-from secateur.registry import Activations, Context, Cut, Network, Plan, Ratio, Units, method
+from secateur.registry import Activations, Context, Cut, Network, Plan, Ratio, Target, Units, method
 from secateur.tensor.head_residuals import residual_partners
 
 Axes = Annotated[
@@ -61,7 +61,7 @@ def minitron(
     axis: Axes = ["neurons"],  # noqa: B006 (read by the schema, never changed)
     ratio: Ratio = 0.2,
     ratios: dict[CutAxis, Ratio] | None = None,
-    target: Annotated[float | None, Field(gt=0)] = None,
+    target: Target = None,
     sequence: Literal["mean", "l2"] = "mean",
     batch: Literal["mean", "l2"] = "l2",
     response: Literal["activation", "product"] = "activation",
@@ -75,8 +75,8 @@ def minitron(
             list of them.
         ratio: fraction removed of each of them, 0 ≤ ratio < 1.
         ratios: another ratio for single axes, {axis: ratio}.
-        target: instead of ratios, how many parameters the result may have, or which fraction of them (below 1); the shape
-            is the one within 5 % below that keeps most of the scores, and the candidates are told in the receipt.
+        target: instead of ratios, how many parameters the result may have, such as 100e6 or "100M"; the shape is the one
+            within 5 % below that keeps most of the scores, and the candidates are told in the receipt.
         sequence: how responses are aggregated over the tokens of a sequence.
         batch: how over sequences.
         response: of a neuron: activation is what the output matrix is given, product what the first matrix gives.
@@ -135,13 +135,12 @@ def _best(scores: Tensor, keep: int) -> Tensor:
 
 
 def _shape(
-    network: Network[Units], scores: dict[CutAxis, list[Tensor]], target: float, multiple_of: int, context: Context
+    network: Network[Units], scores: dict[CutAxis, list[Tensor]], wanted: int, multiple_of: int, context: Context
 ) -> Widths:
     """The shape within a budget that keeps most of the scores. Raises RequestError where there is none."""
     for name, found in scores.items():
         if len({len(score) for score in found}) > 1:
             raise RequestError(f"minitron: blocks have different numbers of {name}; give a ratio instead of a target.")
-    wanted = target if target >= 1 else target * network.parameters
     counter = network.counter("channels" in scores)
     near, counted = [], []
     for shape in candidates({name: len(found[0]) for name, found in scores.items()}, multiple_of):

@@ -112,3 +112,21 @@ def test_what_cannot_be_cut(name: str, axis: list[str], said: str, model: Callab
             output=tmp_path / "out",
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("axes", [("heads", "queries"), ("queries", "heads")])
+def test_heads_and_queries_in_two_steps(axes: tuple[str, str], model: Callable[..., Path], tmp_path: Path) -> None:
+    steps = [{"random_units": {"axis": axis, "ratio": 0.5}} for axis in axes] + [{"random_units": {"ratio": 0.2}}]
+    plan, output = secateur.Recipe.parse({"steps": steps}), tmp_path / "out"
+    secateur.compress(model("llama"), recipe=plan, output=output, evaluate=False)
+    before, after = (open_model(each).anatomy.blocks[0].attention for each in (model("llama"), output))
+    assert before and after
+    assert (after.heads * 4, after.kv_heads * 2) == (before.heads, before.kv_heads)
+
+
+def test_an_allocation_divides_queries(model: Callable[..., Path], tmp_path: Path, clean: CleanProcess) -> None:
+    step = {"magnitude_units": {"axis": "queries", "ratio": 0.5, "allocation": "alphapruning"}}
+    plan, output = secateur.Recipe.parse({"steps": [step]}), tmp_path / "out"
+    secateur.compress(model("llama"), recipe=plan, output=output, evaluate=False, clean=clean)
+    for block in open_model(output).anatomy.blocks:
+        assert block.attention and block.attention.heads % block.attention.kv_heads == 0

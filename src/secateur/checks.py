@@ -16,7 +16,7 @@ from secateur.network.vocabulary import open_vocabulary, token_rows
 from secateur.recipe import Step
 from secateur.solving import Solver
 from secateur.targets import check_targets
-from secateur.unit_budgets import measure_of
+from secateur.unit_budgets import measure_of, sets_of
 from secateur.units import Sizes, cuts_channels, planned_channels, planned_sizes, present_sizes, rotates
 
 
@@ -62,22 +62,21 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
         planned = planned_sizes(source, step, present, sizes) if known else None
         sizes |= planned or {}
         if planned and step.parameters.get("allocation") and saved:
-            resized_config(source, {axis: _uneven(_for_all(source, axis, units)) for axis, units in planned.items()})
+            resized_config(
+                source, {axis: _uneven(source, axis, _for_all(source, axis, units)) for axis, units in planned.items()}
+            )
         if saved:
             # without a plan any narrower width shows whether the configuration can say it; where blocks come out with
             # widths of their own, one that is narrower than the others
             differ = not step.parameters.get("uniform", planned is not None)
             narrower: Sizes = {
-                # some numbers of heads must divide the hidden size, which half of them does
-                axis: {
-                    index: units if differ and index else max(1, units // 2 if axis == "heads" else units - 1)
-                    for index, units in widths.items()
-                }
+                axis: {i: units if differ and i else _fewer(source, axis, i, units) for i, units in widths.items()}
                 for axis, widths in present.items()
             }
-            raw = resized_config(
-                source, {axis: _for_all(source, axis, units) for axis, units in (sizes | (planned or narrower)).items()}
-            )
+            told = sizes | (planned or narrower)
+            if {"heads", "queries"} <= set(told):  # of two steps: they share matrices, so each is tried alone
+                del told["heads" if "queries" in present else "queries"]
+            raw = resized_config(source, {axis: _for_all(source, axis, units) for axis, units in told.items()})
             if cuts_channels(step):
                 channels, kept = find_channels(source), planned_channels(source, step)
                 if rotates(step) and source.tensors and find_roles(source, channels).untied:
@@ -93,10 +92,19 @@ def _for_all(source: Source, axis: Axis, units: Mapping[int, int]) -> dict[int, 
     return {block.index: units.get(block.index, last) for block in source.anatomy.blocks if block.group(axis)}
 
 
-def _uneven(units: Mapping[int, int]) -> dict[int, int]:
+def _fewer(source: Source, axis: Axis, block: int, units: int) -> int:
+    """A smaller number of units that a block could have."""
+    if axis == "heads":  # some numbers of heads must divide the hidden size, which half of them does
+        return max(1, units // 2)
+    sets = sets_of(source, axis)[block]
+    return max(sets, units - sets)
+
+
+def _uneven(source: Source, axis: Axis, units: Mapping[int, int]) -> dict[int, int]:
     """Other widths of the same blocks, of which the first differs from the rest: whether a configuration can say such."""
     first, count = next(iter(units.items()))
-    return {**units, first: count - 1 if count > 1 else count + 1}
+    sets = sets_of(source, axis)[first]
+    return {**units, first: count - sets if count > sets else count + sets}
 
 
 def _check_blocks(source: Source, step: Step, count: int) -> int:

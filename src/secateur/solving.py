@@ -138,7 +138,7 @@ def zero_where_removed(matrix: Tensor, kept: Tensor, rows: int = 1024) -> bool:
 
 
 def relative_error(
-    inputs: Tensor, before: Tensor, found: Mask | Update, shift: Tensor | None = None, rows: int = 1024
+    inputs: Tensor, before: Tensor, found: Mask | Update, shift: Tensor | None = None, rows: int = 256
 ) -> float:
     """‖X (W − Ŵ)ᵀ − s‖² / ‖X Wᵀ‖² of the rows X of `inputs`, some outputs at a time.
 

@@ -244,7 +244,8 @@ class WeightStage(BlockStage):
             where.copy_(found.matrix)
         else:
             where.masked_fill_(~found.kept, 0)
-        where.copy_(self._cast(ref.name, where, self._written(ref.parameter)))
+        for part in where.split(1024):  # a wide matrix would be held twice
+            part.copy_(self._cast(ref.name, part, self._written(ref.parameter)))
         # after the cast, because that is what counts
         if not zero_where_removed(where, found.kept):
             raise RunError(f"{ref.name}: weights that were to be removed are not zero; report this.")

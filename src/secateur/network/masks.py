@@ -17,8 +17,10 @@ FOLDER = "masks"
 
 def pack(kept: Tensor) -> Tensor:
     """Eight entries of a bool tensor in each byte, the first in the highest bit; the last byte is filled with zeros."""
-    bits = kept.reshape(-1).to(torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    bits = kept.reshape(-1).view(torch.uint8)  # a large mask is not copied
+    if missing := -len(bits) % 8:
+        bits = torch.nn.functional.pad(bits, (0, missing))
+    bits = bits.view(-1, 8)
     packed = torch.zeros(len(bits), dtype=torch.uint8, device=bits.device)
     for place in range(8):
         packed |= bits[:, place] << (7 - place)

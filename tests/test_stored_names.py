@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+import outcome
 import secateur
 import tiny
 from secateur.network.modelling_file import is_ours
@@ -85,7 +86,10 @@ def test_transformers_converts_as_for_its_own_class(name: str, uneven: Callable)
     for module in (result, result.base_model):
         own = getattr(transformers, type(module).__name__.removeprefix("Heterogeneous"))
         theirs, ours = (
-            [(each.source_patterns, each.target_patterns, each.scope_prefix) for each in get_model_conversion_mapping(m)]
+            [
+                (each.source_patterns, each.target_patterns, each.scope_prefix)
+                for each in get_model_conversion_mapping(m)
+            ]
             for m in (own(tiny.ARCHITECTURES[name]()), module)
         )
         assert ours == theirs
@@ -116,9 +120,7 @@ def test_a_second_step_reads_what_the_first_wrote(
     dense = loaded(uneven(name))
     for parameter, tensor in dense.named_parameters():
         assert torch.equal(source.parameter(parameter), tensor)
-    secateur.compress(
-        uneven(name), "magnitude", {"pattern": 0.5}, output=tmp_path / "out", evaluate=False, clean=clean
-    )
+    secateur.compress(uneven(name), "magnitude", {"pattern": 0.5}, output=tmp_path / "out", evaluate=False, clean=clean)
     before, after = stored(uneven(name)), stored(tmp_path / "out")
     assert set(after) == set(before)
     zeros = {key for key in after if not torch.equal(after[key], before[key])}
@@ -143,3 +145,28 @@ def test_a_live_model_is_cut_and_saved(name: str, uneven: Callable, clean: Clean
     assert names == {parameter for parameter, _ in loaded(uneven(name)).named_parameters()}
     secateur.compress(tiny.make(name), method, parameters, output=tmp_path / "out", evaluate=False, clean=clean)
     torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(live.eval()), atol=1e-5, rtol=1e-5)
+
+
+@each
+def test_without_its_code_it_fails_loudly(name: str, uneven: Callable) -> None:
+    with pytest.raises((RuntimeError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(uneven(name))
+
+
+@each
+def test_a_kill_leaves_no_trace(
+    name: str, model: Make, uneven: Callable, clean: CleanProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, parameters = CASES[name][1]
+
+    def run() -> None:
+        secateur.compress(
+            model(name), method, parameters, output=tmp_path / "out", evaluate=False, shard_bytes=1, clean=clean
+        )
+
+    with monkeypatch.context() as patch:
+        outcome.kill_at_rename(patch, 4)
+        with pytest.raises(outcome.Killed):
+            run()
+    run()
+    assert outcome.promised(tmp_path / "out") == outcome.promised(uneven(name))

@@ -46,9 +46,6 @@ WIDTH = 128  # of 160, at ratio 0.2, a multiple of 32
 CHANNELS = 48  # of 64, a multiple of 16
 # How much goes in all, where blocks come out with different widths.
 UNEVEN = {"adapt_pruner": {"overall": 0.2, "steps": 2, "strength": 0.2, "multiple_of": 1}}
-# Stored under other names than the model's: transformers renames for its own classes, not for ours, so that a result whose
-# blocks differ does not load; the reload check says so.
-RENAMED = ("gpt_neox", "gpt_neox_sequential", *MIXTURES)
 SPARSITY = 0.37  # no whole number of weights in any row
 
 
@@ -85,7 +82,7 @@ def _axes(method: str, name: str) -> list[str]:
     """The units that it can cut there; query heads, which are not cut beside heads, have a test file of their own."""
     experts = set(tiny.ARCHITECTURES) - set(MIXTURES)
     refused = {"neurons": REFUSED, "heads": NO_HEADS, "channels": NO_CHANNELS, "experts": experts}
-    if (method in UNEVEN or _divides(method)) and name in RENAMED or method == "slicegpt" and name in NO_ROTATION:
+    if method == "slicegpt" and name in NO_ROTATION:
         return []
     return [axis for axis in methods()[method].axes if axis != "queries" and name not in refused[axis]]
 

@@ -93,7 +93,7 @@ def heterogeneous_config(source: "Source", raw: Mapping[str, Any], shapes: Mappi
         wanted |= {join(block.path, name): size for name, size in inside.items()}
     changed = plain_config(raw)
     if any(said.values()) and not any(set(own) - {"skip"} for own in said.values()):
-        changed |= _guard(plain, targets, said)
+        changed |= _guard(plain, changed, targets, said)
     for own in said.values():
         # an entry that only blocks know: the width of a head, which is the same everywhere
         changed |= {name: own.pop(name) for name in list(own) if name != "skip" and not hasattr(plain.config, name)}
@@ -299,11 +299,15 @@ class _Entries:
         return None
 
 
-def _guard(plain: Frame, targets: Mapping[int, BlockShape], said: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _guard(
+    plain: Frame, raw: Mapping[str, Any], targets: Mapping[int, BlockShape], said: dict[int, dict[str, Any]]
+) -> dict[str, Any]:
     """Where blocks lack parts and all widths agree: a common width that no block has, and the right one said by each.
 
     Without it somebody who does not let the code run would get the plain architecture, which fits the stored tensors as
     far as they go and fills the parts that are gone with random numbers.
+
+    raw: the plain architecture's config.json.
     """
     wide = {each: replace(target, skip=()) for each, target in targets.items()}
     others = [(each, replace(shape, units=2 * shape.units)) for each, shape in wide.items() if shape.units]
@@ -312,9 +316,17 @@ def _guard(plain: Frame, targets: Mapping[int, BlockShape], said: dict[int, dict
         for each, shape in wide.items()
         if shape.heads and shape.kv_heads
     ]
+    others += [(each, replace(shape, experts=2 * shape.experts)) for each, shape in wide.items() if shape.experts]
+    tried: list[dict[str, Any]] = []
     for each, other in others:
         with suppress(RequestError):
-            if entries := _solve(plain, plain.anatomy.blocks[each], other)[0]:
+            entries = _solve(plain, plain.anatomy.blocks[each], other)[0]
+            if not entries or entries in tried:
+                continue
+            tried.append(entries)
+            # the file is made anew from what config.json says: a norm over all heads fits no other number of them, so that
+            # nothing could be seen of such a model's parts
+            if Frame(plain.whole, type(plain.config).from_dict({**raw, **entries})).parts == plain.parts:
                 right = {name: getattr(plain.config, name) for name in entries if hasattr(plain.config, name)}
                 said.update({index: {**right, **own} for index, own in said.items()})
                 return entries

@@ -6,7 +6,9 @@ tree without its weights, and turning a recorded call into one with numbers.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +108,17 @@ def _fake(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu")
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs the stack of every operation that fake tensors refuse; the records say it in a line."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def trace(model: nn.Module, blocks: dict[int, str], opaque: Sequence[str]) -> dict[int, Trace]:
     """Runs the whole `model` on fake tensors and records what happens in `blocks` (index to path).
 
@@ -127,7 +140,7 @@ def trace(model: nn.Module, blocks: dict[int, str], opaque: Sequence[str]) -> di
         module.register_forward_pre_hook(before, with_kwargs=True)
         module.register_forward_hook(after)
 
-    with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.inference_mode(False), torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         try:
             twin = clone(model, _fake, _fake)
             for path in opaque:

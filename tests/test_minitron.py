@@ -16,6 +16,7 @@ import secateur
 import tiny
 from secateur.calibration.activations import ActivationPass, Activations, aggregated
 from secateur.calibration.samples import Samples
+from secateur.checks import check_steps
 from secateur.files import read_tensors
 from secateur.methods.structure.minitron import candidates, kept_share
 from secateur.network.source import open_model
@@ -191,12 +192,6 @@ def test_residuals_of_heads_are_added(
         torch.testing.assert_close(after.get_parameter(each).detach(), torch.cat(found))
 
 
-def test_residuals_without_heads(model: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
-    with pytest.raises(secateur.RequestError, match="add heads to `axis`"):
-        secateur.compress(model("llama"), recipe=recipe(ids, residuals=True), output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("name", ["llama_tied", "qwen3", "phi3", "gpt2"])
 def test_parameters_of_other_shapes_are_counted(name: str) -> None:
     source = open_model(tiny.make(name))
@@ -246,3 +241,17 @@ def test_candidates_and_what_they_keep() -> None:
 def test_wrong_wishes(given: dict[str, Any]) -> None:
     with pytest.raises(secateur.RequestError):
         secateur.Recipe.parse({"steps": [{"minitron": given}]})
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"residuals": True}, "residuals are those of heads"),
+        ({"ratios": {"channels": 0.5}}, "which `axis` does not"),
+        ({"ratios": {"neurons": 0.5}, "target": 0.8}, "either ratios or a target"),
+    ],
+)
+def test_what_contradicts_is_refused_before_anything_is_read(given: dict, what: str, model: Any) -> None:
+    recipe = secateur.Recipe.parse({"steps": [{"minitron": given}]})
+    with pytest.raises(secateur.RequestError, match=what):
+        check_steps(open_model(model("llama")), recipe.steps)

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 import tiny
+from secateur.checks import check_steps
 from secateur.network.source import open_model
 from secateur.network.verify import CleanProcess, prompt
 from secateur.registry import methods
+from secateur.unit_budgets import counted
 
 # Several query heads share keys and values, and lie apart from them.
 SHARED = (
@@ -112,3 +114,29 @@ def test_what_cannot_be_cut(name: str, axis: list[str], said: str, model: Callab
             output=tmp_path / "out",
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("axes", [("heads", "queries"), ("queries", "heads")])
+def test_heads_and_queries_go_in_two_steps(
+    axes: tuple[str, str], model: Callable[..., Path], clean: CleanProcess, tmp_path: Path
+) -> None:
+    """Heads take their queries along, and what is foretold is what the run does."""
+    recipe = secateur.Recipe.parse({"steps": [{"random_units": {"axis": axis, "ratio": 0.5}} for axis in axes]})
+    source = model("llama")
+    sizes = check_steps(open_model(source), recipe.steps)
+    assert sizes["heads"] == sizes["queries"] == dict.fromkeys(range(tiny.BLOCKS), 1)
+    secateur.compress(source, recipe=recipe, output=tmp_path / "out", evaluate=False, clean=clean)
+    found = open_model(tmp_path / "out")
+    assert all(block.attention.heads == block.attention.kv_heads == 1 for block in found.anatomy.blocks)
+    assert counted(open_model(source), "parameters", sizes) == found.anatomy.parameters
+
+
+def test_an_allocation_divides_query_heads(model: Callable[..., Path], clean: CleanProcess, tmp_path: Path) -> None:
+    # between one and two blocks without half of their queries
+    step = {"magnitude_units": {"axis": "queries", "target": 164_000, "allocation": "flap_search"}}
+    output = tmp_path / "out"
+    secateur.compress(
+        model("llama"), recipe=secateur.Recipe.parse({"steps": [step]}), output=output, evaluate=False, clean=clean
+    )
+    heads = [block.attention.heads for block in open_model(output).anatomy.blocks]
+    assert sorted(heads) in ([2, 4, 4], [2, 2, 4])

@@ -16,7 +16,7 @@ from secateur.network.vocabulary import open_vocabulary, token_rows
 from secateur.recipe import Step
 from secateur.solving import Solver
 from secateur.targets import check_targets
-from secateur.unit_budgets import measure_of
+from secateur.unit_budgets import measure_of, sets_of
 from secateur.units import Sizes, cuts_channels, planned_channels, planned_sizes, present_sizes, rotates
 
 
@@ -54,15 +54,21 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
             continue
         present = present_sizes(source, step)
         present = {
-            axis: sizes.get(axis) or {index: n for index, n in units.items() if index < count}
+            axis: sizes.get(axis)
+            or _left(axis, {index: n for index, n in units.items() if index < count}, source, sizes)
             for axis, units in present.items()
         }
         # how many parameters a smaller vocabulary leaves is not known yet, so nor are the widths of a budget in them
         known = not (other_vocabulary and measure_of(step))
-        planned = planned_sizes(source, step, present, sizes) if known else None
+        planned = planned_sizes(source, step, present, sizes, count) if known else None
+        if planned and "heads" in planned and "queries" in sizes:  # they take theirs along
+            queries = {i: n // present["heads"][i] * planned["heads"][i] for i, n in sizes["queries"].items()}
+            sizes = {**sizes, "queries": queries}
         sizes |= planned or {}
         if planned and step.parameters.get("allocation") and saved:
-            resized_config(source, {axis: _uneven(_for_all(source, axis, units)) for axis, units in planned.items()})
+            resized_config(
+                source, {axis: _uneven(source, axis, _for_all(source, axis, units)) for axis, units in planned.items()}
+            )
         if saved:
             # without a plan any narrower width shows whether the configuration can say it; where blocks come out with
             # widths of their own, one that is narrower than the others
@@ -93,10 +99,18 @@ def _for_all(source: Source, axis: Axis, units: Mapping[int, int]) -> dict[int, 
     return {block.index: units.get(block.index, last) for block in source.anatomy.blocks if block.group(axis)}
 
 
-def _uneven(units: Mapping[int, int]) -> dict[int, int]:
+def _left(axis: Axis, units: Mapping[int, int], source: Source, sizes: Sizes) -> dict[int, int]:
+    """How many units there are when heads that earlier steps removed have taken their queries along."""
+    runs = sets_of(source, axis)
+    now = sets_of(source, axis, sizes)
+    return {index: count // runs[index] * now[index] for index, count in units.items()}
+
+
+def _uneven(source: Source, axis: Axis, units: Mapping[int, int]) -> dict[int, int]:
     """Other widths of the same blocks, of which the first differs from the rest: whether a configuration can say such."""
     first, count = next(iter(units.items()))
-    return {**units, first: count - 1 if count > 1 else count + 1}
+    run = sets_of(source, axis)[first]  # one of each goes at a time
+    return {**units, first: count - run if count > run else count + run}
 
 
 def _check_blocks(source: Source, step: Step, count: int) -> int:

@@ -122,13 +122,17 @@ def wanted_ratio(parameters: Mapping[str, Any]) -> float:
 
 
 def planned_sizes(
-    source: Source, step: Step, present: Sizes | None = None, before: Sizes | None = None
+    source: Source,
+    step: Step,
+    present: Sizes | None = None,
+    before: Sizes | None = None,
+    blocks: int | None = None,
 ) -> Sizes | None:
     """Units kept of those `present`, from a step's `ratio`, `ratios`, `of`, `target` and `multiple_of`; None if it has none,
     or is not uniform.
 
-    before: what earlier steps leave of units of any kind. Where an allocation divides the budget, this is what each block
-    would keep without it.
+    before: what earlier steps leave of units of any kind. blocks: how many blocks they leave, by default all. Where an
+    allocation divides the budget, this is what each block would keep without it.
 
     Raises RequestError when a width cannot be.
     """
@@ -141,7 +145,9 @@ def planned_sizes(
     if parameters.get("ratios") and parameters.get("allocation"):
         raise RequestError(f"{step.method}: give either ratios or an allocation: both say what each block keeps.")
     planned = (
-        budgeted_sizes(source, step, present, before or {}) if measure_of(step) else _by_ratio(source, step, present)
+        budgeted_sizes(source, step, present, before or {}, blocks)
+        if measure_of(step)
+        else _by_ratio(source, step, present, before or {})
     )
     for index, kept in planned.get("experts", {}).items():
         experts = source.anatomy.blocks[index].experts
@@ -153,7 +159,7 @@ def planned_sizes(
     return planned
 
 
-def _by_ratio(source: Source, step: Step, present: Sizes) -> Sizes:
+def _by_ratio(source: Source, step: Step, present: Sizes, before: Sizes) -> Sizes:
     """Units kept by a ratio of the units of each block."""
     parameters = step.parameters
     planned: Sizes = {}
@@ -165,7 +171,7 @@ def _by_ratio(source: Source, step: Step, present: Sizes) -> Sizes:
             raise RequestError(
                 f"{step.method}: ratios has {len(ratios)} values, but {source.spec} has {len(units)} layers."
             )
-        multiple, sets = parameters.get("multiple_of", 1) if axis == "neurons" else 1, sets_of(source, axis)
+        multiple, sets = parameters.get("multiple_of", 1) if axis == "neurons" else 1, sets_of(source, axis, before)
         planned[axis] = {
             index: sets[index] * round_width(count // sets[index], ratio, multiple)
             for (index, count), ratio in zip(units.items(), ratios, strict=True)

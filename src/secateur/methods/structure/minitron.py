@@ -21,9 +21,10 @@ What differs here, or is ours:
 - target: shapes are ranked by the share of the scores that stays, where the paper retrains each candidate for a while.
 """
 
+from collections.abc import Mapping
 from itertools import product
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -44,6 +45,17 @@ LISTED = 20
 STEPS = 16  # widths tried for each axis, evenly spread
 
 
+def _contradiction(given: Mapping[str, Any]) -> str | None:
+    axis, ratios = given["axis"], given["ratios"] or {}
+    if given["residuals"] and "heads" not in axis:
+        return "residuals are those of heads; add heads to `axis`, or leave residuals out."
+    if ratios and given["target"] is not None:
+        return "give either ratios or a target: both say what stays."
+    if other := [name for name in ratios if name not in axis]:
+        return f"ratios names {other[0]}, which `axis` does not; add it there, or leave it out."
+    return None
+
+
 @method(
     "minitron",
     kind="structure",
@@ -52,6 +64,7 @@ STEPS = 16  # widths tried for each axis, evenly spread
     when="after training",
     speedup="universal",
     axes=("heads", "neurons", "channels"),
+    refuses=_contradiction,
 )
 def minitron(
     network: Network[Units],
@@ -83,8 +96,6 @@ def minitron(
         residuals: heads that stay take over what those that go differ by, for retraining afterwards.
         multiple_of: neurons and channels kept are rounded to the nearest multiple of this where the ratio allows it.
     """
-    if residuals and "heads" not in axis:
-        raise RequestError("minitron: residuals are those of heads; add heads to `axis`, or leave residuals out.")
     scores: dict[CutAxis, list[Tensor]] = {
         "neurons": [
             activations.of(u.block, "neurons" if response == "activation" else "products", sequence, batch)

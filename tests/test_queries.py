@@ -140,3 +140,16 @@ def test_an_allocation_divides_query_heads(model: Callable[..., Path], clean: Cl
     )
     heads = [block.attention.heads for block in open_model(output).anatomy.blocks]
     assert sorted(heads) in ([2, 4, 4], [2, 2, 4])
+
+
+def test_equal_errors_of_query_heads(model: Callable[..., Path], clean: CleanProcess, tmp_path: Path) -> None:
+    """Query heads add to the stream that attention adds to."""
+    ids = tmp_path / "ids.json"
+    drawn = torch.randint(3, tiny.VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
+    ids.write_text(json.dumps(drawn.tolist()))
+    step = {"wanda_units": {"axis": "queries", "target": 164_000, "allocation": "equal_error"}}
+    calibration = {"data": str(ids), "samples": 6, "length": 16}
+    recipe = secateur.Recipe.parse({"steps": [step], "calibration": calibration})
+    secateur.compress(model("llama"), recipe=recipe, output=tmp_path / "out", evaluate=False, clean=clean)
+    heads = [block.attention.heads for block in open_model(tmp_path / "out").anatomy.blocks]
+    assert sorted(heads) in ([2, 4, 4], [2, 2, 4])

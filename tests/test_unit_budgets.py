@@ -13,6 +13,7 @@ import command
 import outcome
 import secateur
 import tiny
+from secateur.checks import check_steps
 from secateur.contract import count_of
 from secateur.evaluation.arithmetic import multiply_adds
 from secateur.network.source import open_model
@@ -174,6 +175,39 @@ def test_multiply_adds_are_not_foretold_where_channels_go(model: Make, tmp_path:
     recipe.write_text("steps:\n- minitron: {axis: [channels], ratio: 0.25, multiple_of: 16}\n- random_units: {}\n")
     told = command.compress(model("llama"), tmp_path / "out", "--dry-run", "--recipe", recipe, method=None)
     assert told.code == 0 and "channels 64 → 48" in told.out and "multiply-adds" not in told.out
+
+
+@pytest.mark.parametrize(
+    ("steps", "what"),
+    [
+        (
+            [
+                {"magnitude_units": {"allocation": "flap_search"}},
+                {"minitron": {"axis": "channels", "ratio": 0.25, "multiple_of": 16}},
+            ],
+            "channels first",
+        ),
+        ([{"magnitude_units": {"ratios": [0.2, 0.4, 0.4]}}, {"slicegpt": {"ratio": 0.25}}], "channels first"),
+        (
+            [
+                {"block_influence": {"part": "attention", "remove": 1}},
+                {"random_units": {"axis": "heads", "ratio": 0.5}},
+            ],
+            "heads first",
+        ),
+        ([{"block_influence": {"part": "feed_forward", "remove": 1}}, {"minitron": {}}], "neurons first"),
+    ],
+)
+def test_what_an_earlier_step_makes_impossible_is_refused_first(steps: list, what: str, model: Make) -> None:
+    source = open_model(model("llama"))
+    with pytest.raises(secateur.RequestError, match=what):
+        check_steps(source, Recipe.parse({"steps": steps}).steps)
+    check_steps(source, Recipe.parse({"steps": steps[::-1]}).steps)  # the other way round it can be done
+
+
+def test_mixtures_keep_as_many_experts_each(model: Make) -> None:
+    with pytest.raises(secateur.RequestError, match="must keep as many experts"):
+        planned(model("mixtral"), axis="experts", ratio=0.25, allocation="flap_search")
 
 
 def test_a_later_step_counts_what_earlier_ones_leave(model: Make, tmp_path: Path) -> None:

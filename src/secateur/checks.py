@@ -8,7 +8,7 @@ from secateur.network.blocks import lacking
 from secateur.network.channels import channels_config, find_channels
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.heterogeneous import BlockShape, heterogeneous_config
-from secateur.network.modelling_file import BLOCK, frame, nothings
+from secateur.network.modelling_file import BLOCK, FEED_FORWARD, frame, nothings
 from secateur.network.rotation import find_roles, untied_config
 from secateur.network.source import Source
 from secateur.network.store import raw_config, resized_config
@@ -17,7 +17,7 @@ from secateur.recipe import Step
 from secateur.solving import Solver
 from secateur.targets import check_targets
 from secateur.unit_budgets import measure_of, sets_of
-from secateur.units import Sizes, cuts_channels, planned_channels, planned_sizes, present_sizes, rotates
+from secateur.units import Sizes, asked_axes, cuts_channels, planned_channels, planned_sizes, present_sizes, rotates
 
 
 def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Sizes:
@@ -36,10 +36,12 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
     sizes: Sizes = {}
     count = len(network.blocks)
     other_vocabulary = False
-    for step in steps:
+    uneven: Step | None = None  # the first that leaves blocks that differ
+    for number, step in enumerate(steps):
         Solver.of(step.registered, step.parameters).check(step.parameters)
         if step.registered.scope == "blocks":
             count = _check_blocks(source, step, count)
+            uneven = uneven or (step if step.parameters["part"] != BLOCK else None)
             # which blocks go is not known yet; mostly they are alike, and only how many are left matters here
             sizes = {axis: {index: n for index, n in units.items() if index < count} for axis, units in sizes.items()}
             continue
@@ -52,6 +54,7 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
         if step.registered.scope == "weight":
             check_targets(source, step)
             continue
+        _check_order(steps[:number], step, uneven)
         present = present_sizes(source, step)
         present = {
             axis: sizes.get(axis)
@@ -65,6 +68,7 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
             queries = {i: n // present["heads"][i] * planned["heads"][i] for i, n in sizes["queries"].items()}
             sizes = {**sizes, "queries": queries}
         sizes |= planned or {}
+        uneven = uneven or (step if _leaves_uneven(step, planned or {}) else None)
         if planned and step.parameters.get("allocation") and saved:
             resized_config(
                 source, {axis: _uneven(source, axis, _for_all(source, axis, units)) for axis, units in planned.items()}
@@ -91,6 +95,30 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
                 if kept is not None:
                     channels_config(source, channels, raw, kept)
     return sizes
+
+
+def _leaves_uneven(step: Step, planned: Sizes) -> bool:
+    """Whether blocks come out with widths of their own."""
+    given = step.parameters
+    own_rules = "ratio" not in given or not given.get("uniform", True) or bool(given.get("allocation"))
+    return own_rules or any(len(set(units.values())) > 1 for units in planned.values())
+
+
+def _check_order(before: Sequence[Step], step: Step, uneven: Step | None) -> None:
+    """Raises RequestError where earlier steps leave blocks in which this one cannot cut what it is asked to."""
+    if uneven is not None and cuts_channels(step):
+        raise RequestError(
+            f"{step.method} cuts channels, but {uneven.method} before it leaves blocks that differ, and no configuration of "
+            "such says fewer channels; put the step that cuts channels first."
+        )
+    for earlier in before:
+        if earlier.registered.scope == "blocks" and (part := earlier.parameters["part"]) != BLOCK:
+            units = ("neurons",) if part == FEED_FORWARD else ("heads", "queries")
+            if lost := [axis for axis in asked_axes(step) if axis in units]:
+                raise RequestError(
+                    f"{step.method} cuts {lost[0]} of every block, but {earlier.method} before it removes the "
+                    f"{part.replace('_', '-')} of some; put the step that cuts {lost[0]} first."
+                )
 
 
 def _for_all(source: Source, axis: Axis, units: Mapping[int, int]) -> dict[int, int]:

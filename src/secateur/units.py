@@ -144,6 +144,11 @@ def planned_sizes(
         return None
     if parameters.get("ratios") and parameters.get("allocation"):
         raise RequestError(f"{step.method}: give either ratios or an allocation: both say what each block keeps.")
+    if parameters.get("allocation") and "experts" in present:
+        raise RequestError(
+            f"{step.method}: every mixture of {source.spec} must keep as many experts, because each token goes to a fixed "
+            "number of them; leave allocation out."
+        )
     planned = (
         budgeted_sizes(source, step, present, before or {}, blocks)
         if measure_of(step)

@@ -205,6 +205,14 @@ def test_what_an_earlier_step_makes_impossible_is_refused_first(steps: list, wha
     check_steps(source, Recipe.parse({"steps": steps[::-1]}).steps)  # the other way round it can be done
 
 
+def test_a_second_cut_of_channels_counts_from_the_first(model: Make, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    steps = [f"- minitron: {{axis: [channels], ratio: {ratio}, multiple_of: 16}}\n" for ratio in (0.25, 0.33)]
+    recipe.write_text("steps:\n" + "".join(steps))
+    told = command.compress(model("llama"), tmp_path / "out", "--dry-run", "--recipe", recipe, method=None)
+    assert told.code == 0 and "channels 64 → 32" in told.out
+
+
 def test_mixtures_keep_as_many_experts_each(model: Make) -> None:
     with pytest.raises(secateur.RequestError, match="must keep as many experts"):
         planned(model("mixtral"), axis="experts", ratio=0.25, allocation="flap_search")

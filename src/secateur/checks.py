@@ -36,6 +36,7 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
     sizes: Sizes = {}
     count = len(network.blocks)
     other_vocabulary = False
+    left_channels: int | None = None
     uneven: Step | None = None  # the first that leaves blocks that differ
     for number, step in enumerate(steps):
         Solver.of(step.registered, step.parameters).check(step.parameters)
@@ -89,7 +90,8 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
                 source, {axis: _for_all(source, axis, units) for axis, units in (sizes | (planned or narrower)).items()}
             )
             if cuts_channels(step):
-                channels, kept = find_channels(source), planned_channels(source, step)
+                channels, kept = find_channels(source), planned_channels(source, step, left_channels)
+                left_channels = kept or left_channels
                 if rotates(step) and source.tensors and find_roles(source, channels).untied:
                     raw = untied_config(source, raw)
                 if kept is not None:

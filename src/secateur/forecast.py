@@ -148,7 +148,10 @@ def _needs(
                 parameter = original.skeleton.get_parameter(part.parameter)
                 fewer = parameter.numel() // parameter.shape[part.dim] * (group.count - kept) * part.width
                 removed[part.parameter] = removed.get(part.parameter, 0) + fewer
-    left_channels = [width for step in steps if (width := planned_channels(original, step)) is not None]
+    left_channels: list[int] = []
+    for step in steps:
+        if (width := planned_channels(original, step, next(reversed(left_channels), None))) is not None:
+            left_channels.append(width)
     if left_channels:
         _remove_channels(original, left_channels[-1], removed)
         if any(rotates(step) for step in steps) and (head := _untied(original)):

@@ -90,13 +90,16 @@ def rotates(step: Step) -> bool:
     return StreamMoment in step.registered.needs.values()
 
 
-def planned_channels(source: Source, step: Step) -> int | None:
-    """How many channels of the residual stream stay; None where the step cuts none, or its `ratio` does not tell."""
+def planned_channels(source: Source, step: Step, before: int | None = None) -> int | None:
+    """How many channels of the residual stream stay; None where the step cuts none, or its `ratio` does not tell.
+
+    before: how many earlier steps leave; by default all.
+    """
     parameters = step.parameters
     if not cuts_channels(step) or "ratio" not in parameters or parameters.get("target"):
         return None
     ratio = (parameters.get("ratios") or {}).get("channels", parameters["ratio"])
-    return round_width(source.anatomy.hidden, ratio, parameters.get("multiple_of", 1))
+    return round_width(before or source.anatomy.hidden, ratio, parameters.get("multiple_of", 1))
 
 
 def output_matrices(source: Source, axes: Sequence[Axis]) -> dict[int, list[MatrixRef]]:

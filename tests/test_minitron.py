@@ -22,7 +22,9 @@ from secateur.methods.structure.minitron import candidates, kept_share
 from secateur.network.source import open_model
 from secateur.network.verify import CleanProcess
 from secateur.network.views import Network
+from secateur.report import asked_line
 from secateur.tensor.head_residuals import residual_partners
+from secateur.unit_budgets import asked_for
 
 COUNT, LENGTH, SKIP = 6, 16, 4
 
@@ -255,3 +257,15 @@ def test_what_contradicts_is_refused_before_anything_is_read(given: dict, what: 
     recipe = secateur.Recipe.parse({"steps": [{"minitron": given}]})
     with pytest.raises(secateur.RequestError, match=what):
         check_steps(open_model(model("llama")), recipe.steps)
+
+
+def test_targets_are_shares_or_counts_as_people_write_them() -> None:
+    def read(target: Any) -> tuple[float, str]:
+        step = secateur.Recipe.parse({"steps": [{"minitron": {"target": target}}]}).steps[0]
+        return step.parameters["target"], asked_line(asked_for(step))
+
+    assert read(0.6) == (0.6, "asked for 0.6 of the parameters")
+    assert read("150k")[0] == read(150_000)[0] == 150_000
+    for wrong in ("many", -1, 0, 0.0):
+        with pytest.raises(secateur.RequestError, match="target"):
+            read(wrong)

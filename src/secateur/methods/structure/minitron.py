@@ -30,6 +30,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from secateur.contract import count_of
 from secateur.errors import RequestError
 from secateur.network.anatomy import CutAxis
 from secateur.network.widths import round_width
@@ -43,6 +44,10 @@ Widths = dict[CutAxis, int]
 NEAR = 0.05  # candidates have within this of the wanted number of parameters
 LISTED = 20
 STEPS = 16  # widths tried for each axis, evenly spread
+
+
+def _share_or_count(value: Any) -> Any:
+    return value if isinstance(value, float) and value < 1 else count_of(value)
 
 
 def _contradiction(given: Mapping[str, Any]) -> str | None:
@@ -74,7 +79,7 @@ def minitron(
     axis: Axes = ["neurons"],  # noqa: B006 (read by the schema, never changed)
     ratio: Ratio = 0.2,
     ratios: dict[CutAxis, Ratio] | None = None,
-    target: Annotated[float | None, Field(gt=0)] = None,
+    target: Annotated[float | None, Field(gt=0), BeforeValidator(_share_or_count)] = None,
     sequence: Literal["mean", "l2"] = "mean",
     batch: Literal["mean", "l2"] = "l2",
     response: Literal["activation", "product"] = "activation",
@@ -88,8 +93,9 @@ def minitron(
             list of them.
         ratio: fraction removed of each of them, 0 ≤ ratio < 1.
         ratios: another ratio for single axes, {axis: ratio}.
-        target: instead of ratios, how many parameters the result may have, or which fraction of them (below 1); the shape
-            is the one within 5 % below that keeps most of the scores, and the candidates are told in the receipt.
+        target: instead of ratios, how many parameters the result is to have, such as 100e6 or "100M", or which fraction of
+            them (below 1); the shape is the one within 5 % below (above, where there is none) that keeps most of the
+            scores, and the candidates are told in the receipt.
         sequence: how responses are aggregated over the tokens of a sequence.
         batch: how over sequences.
         response: of a neuron: activation is what the output matrix is given, product what the first matrix gives.

@@ -17,7 +17,7 @@ import tiny
 from secateur.calibration.evaluator import Evaluator, Key
 from secateur.calibration.samples import Samples
 from secateur.context import Context
-from secateur.errors import RunError
+from secateur.errors import RequestError, RunError
 from secateur.forecast import dry_run
 from secateur.methods.structure.bonsai import bonsai
 from secateur.network.anatomy import COLUMN_AXES
@@ -62,6 +62,25 @@ def test_silent_units_are_those_of_zero_output_columns(name: str) -> None:
             gone = silent.get((block.index, group.axis), torch.empty(0, dtype=torch.long))
             assert sizes[block.index, group.axis].nonzero().numel() <= group.count * group.output.width - len(gone)
             assert not sizes[block.index, group.axis][group.output.indices(gone) - group.output.offset].any()
+
+
+def test_what_goes_anywhere_need_not_fit_every_block() -> None:
+    """Of two heads in each block 0.6 cannot go, but of all heads and neurons together it can."""
+    source = open_model(tiny.make("llama"))
+    network: Network[Units] = Network(source, axes=("heads", "neurons"))
+    evaluator = Evaluator(source, Samples(drawn(), [], "drawn"), ("heads", "neurons"))
+    given: dict[str, Any] = {"uniform": False, "per_round": 0.3, "submodels": 4, "sequences": 1, "prior_sequences": 1}
+    plan = bonsai(network, evaluator, Context(), ratio=0.6, **given)
+    sizes = {(units.block, units.axis): units.size for units in network}
+    gone = sum(
+        (units.count - len(plan.cuts[key].kept)) * sizes[key]
+        for units in network
+        if (key := (units.block, units.axis)) in plan.cuts
+    )
+    whole = sum(units.count * units.size for units in network)
+    assert abs(gone - 0.6 * whole) <= max(sizes.values())
+    with pytest.raises(RequestError, match="one unit stays in every block"):
+        bonsai(network, evaluator, Context(), ratio=0.99, **given)
 
 
 def test_sizes_are_those_of_what_the_output_matrix_reads() -> None:

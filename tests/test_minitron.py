@@ -16,12 +16,15 @@ import secateur
 import tiny
 from secateur.calibration.activations import ActivationPass, Activations, aggregated
 from secateur.calibration.samples import Samples
+from secateur.checks import check_steps
 from secateur.files import read_tensors
 from secateur.methods.structure.minitron import candidates, kept_share
 from secateur.network.source import open_model
 from secateur.network.verify import CleanProcess
 from secateur.network.views import Network
+from secateur.report import asked_line
 from secateur.tensor.head_residuals import residual_partners
+from secateur.unit_budgets import asked_for
 
 COUNT, LENGTH, SKIP = 6, 16, 4
 
@@ -191,12 +194,6 @@ def test_residuals_of_heads_are_added(
         torch.testing.assert_close(after.get_parameter(each).detach(), torch.cat(found))
 
 
-def test_residuals_without_heads(model: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
-    with pytest.raises(secateur.RequestError, match="add heads to `axis`"):
-        secateur.compress(model("llama"), recipe=recipe(ids, residuals=True), output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("name", ["llama_tied", "qwen3", "phi3", "gpt2"])
 def test_parameters_of_other_shapes_are_counted(name: str) -> None:
     source = open_model(tiny.make(name))
@@ -216,7 +213,7 @@ def test_a_shape_within_the_budget_is_chosen(
     model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
 ) -> None:
     dense = outcome.parameters(tiny.make("llama"))
-    said = recipe(ids, axis=["neurons", "channels"], target=f"{0.7 * dense / 1000:.3f}k")
+    said = recipe(ids, axis=["neurons", "channels"], target=0.7)
     result = secateur.compress(model("llama"), recipe=said, output=tmp_path / "out", evaluate=False, clean=clean)
     found = outcome.parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert 0.95 * 0.7 * dense <= found <= 0.7 * dense
@@ -226,12 +223,12 @@ def test_a_shape_within_the_budget_is_chosen(
     assert found == best["parameters"]
     same = recipe(ids, axis=["neurons", "channels"], target=int(0.7 * dense))
     again = secateur.compress(tiny.make("llama"), recipe=same).receipt["decisions"][0]["kept"]
-    assert again["channels"] == shapes["chosen"]["channels"], "a plain number is another way to say it"
+    assert again["channels"] == shapes["chosen"]["channels"], "a number is another way to say the fraction"
 
 
 def test_a_budget_that_no_shape_has(model: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
     with pytest.raises(secateur.RequestError, match="no shape with half of the neurons or more has about") as refusal:
-        secateur.compress(model("llama"), recipe=recipe(ids, target=10_000), output=tmp_path / "out")
+        secateur.compress(model("llama"), recipe=recipe(ids, target=0.1), output=tmp_path / "out")
     assert str(refusal.value).count(". ") <= 1 and not (tmp_path / "out").exists()
 
 
@@ -246,3 +243,29 @@ def test_candidates_and_what_they_keep() -> None:
 def test_wrong_wishes(given: dict[str, Any]) -> None:
     with pytest.raises(secateur.RequestError):
         secateur.Recipe.parse({"steps": [{"minitron": given}]})
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"residuals": True}, "residuals are those of heads"),
+        ({"ratios": {"channels": 0.5}}, "which `axis` does not"),
+        ({"ratios": {"neurons": 0.5}, "target": 0.8}, "either ratios or a target"),
+    ],
+)
+def test_what_contradicts_is_refused_before_anything_is_read(given: dict, what: str, model: Any) -> None:
+    recipe = secateur.Recipe.parse({"steps": [{"minitron": given}]})
+    with pytest.raises(secateur.RequestError, match=what):
+        check_steps(open_model(model("llama")), recipe.steps)
+
+
+def test_targets_are_shares_or_counts_as_people_write_them() -> None:
+    def read(target: Any) -> tuple[float, str]:
+        step = secateur.Recipe.parse({"steps": [{"minitron": {"target": target}}]}).steps[0]
+        return step.parameters["target"], asked_line(asked_for(step))
+
+    assert read(0.6) == (0.6, "asked for 0.6 of the parameters")
+    assert read("150k")[0] == read(150_000)[0] == 150_000
+    for wrong in ("many", -1, 0, 0.0):
+        with pytest.raises(secateur.RequestError, match="target"):
+            read(wrong)

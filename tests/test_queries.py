@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 import tiny
+from secateur.checks import check_steps
 from secateur.network.source import open_model
 from secateur.network.verify import CleanProcess, prompt
 from secateur.registry import methods
+from secateur.unit_budgets import counted
 
 # Several query heads share keys and values, and lie apart from them.
 SHARED = (
@@ -115,18 +117,39 @@ def test_what_cannot_be_cut(name: str, axis: list[str], said: str, model: Callab
 
 
 @pytest.mark.parametrize("axes", [("heads", "queries"), ("queries", "heads")])
-def test_heads_and_queries_in_two_steps(axes: tuple[str, str], model: Callable[..., Path], tmp_path: Path) -> None:
-    steps = [{"random_units": {"axis": axis, "ratio": 0.5}} for axis in axes] + [{"random_units": {"ratio": 0.2}}]
-    plan, output = secateur.Recipe.parse({"steps": steps}), tmp_path / "out"
-    secateur.compress(model("llama"), recipe=plan, output=output, evaluate=False)
-    before, after = (open_model(each).anatomy.blocks[0].attention for each in (model("llama"), output))
-    assert before and after
-    assert (after.heads * 4, after.kv_heads * 2) == (before.heads, before.kv_heads)
+def test_heads_and_queries_go_in_two_steps(
+    axes: tuple[str, str], model: Callable[..., Path], clean: CleanProcess, tmp_path: Path
+) -> None:
+    """Heads take their queries along, and what is foretold is what the run does."""
+    recipe = secateur.Recipe.parse({"steps": [{"random_units": {"axis": axis, "ratio": 0.5}} for axis in axes]})
+    source = model("llama")
+    sizes = check_steps(open_model(source), recipe.steps)
+    assert sizes["heads"] == sizes["queries"] == dict.fromkeys(range(tiny.BLOCKS), 1)
+    secateur.compress(source, recipe=recipe, output=tmp_path / "out", evaluate=False, clean=clean)
+    found = open_model(tmp_path / "out")
+    assert all(block.attention.heads == block.attention.kv_heads == 1 for block in found.anatomy.blocks)
+    assert counted(open_model(source), "parameters", sizes) == found.anatomy.parameters
 
 
-def test_an_allocation_divides_queries(model: Callable[..., Path], tmp_path: Path, clean: CleanProcess) -> None:
-    step = {"magnitude_units": {"axis": "queries", "ratio": 0.5, "allocation": "alphapruning"}}
-    plan, output = secateur.Recipe.parse({"steps": [step]}), tmp_path / "out"
-    secateur.compress(model("llama"), recipe=plan, output=output, evaluate=False, clean=clean)
-    for block in open_model(output).anatomy.blocks:
-        assert block.attention and block.attention.heads % block.attention.kv_heads == 0
+def test_an_allocation_divides_query_heads(model: Callable[..., Path], clean: CleanProcess, tmp_path: Path) -> None:
+    # between one and two blocks without half of their queries
+    step = {"magnitude_units": {"axis": "queries", "target": 164_000, "allocation": "flap_search"}}
+    output = tmp_path / "out"
+    secateur.compress(
+        model("llama"), recipe=secateur.Recipe.parse({"steps": [step]}), output=output, evaluate=False, clean=clean
+    )
+    heads = [block.attention.heads for block in open_model(output).anatomy.blocks]
+    assert sorted(heads) in ([2, 4, 4], [2, 2, 4])
+
+
+def test_equal_errors_of_query_heads(model: Callable[..., Path], clean: CleanProcess, tmp_path: Path) -> None:
+    """Query heads add to the stream that attention adds to."""
+    ids = tmp_path / "ids.json"
+    drawn = torch.randint(3, tiny.VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
+    ids.write_text(json.dumps(drawn.tolist()))
+    step = {"wanda_units": {"axis": "queries", "target": 164_000, "allocation": "equal_error"}}
+    calibration = {"data": str(ids), "samples": 6, "length": 16}
+    recipe = secateur.Recipe.parse({"steps": [step], "calibration": calibration})
+    secateur.compress(model("llama"), recipe=recipe, output=tmp_path / "out", evaluate=False, clean=clean)
+    heads = [block.attention.heads for block in open_model(tmp_path / "out").anatomy.blocks]
+    assert sorted(heads) in ([2, 4, 4], [2, 2, 4])

@@ -317,6 +317,7 @@ CONTRADICTIONS = {
         "magnitude", {"allocation": "global_threshold", "pattern": "0.5/4x4"}
     ),
     "pq_index: it needs p < q": ("wanda", {"allocation": {"pq_index": {"p": 1.0}}}),
+    "liar: fold merges units": ("liar", {"by": "fold"}),
     "grows for 30 iterations": ("dense_refit", {"mask": {"admm": {"ramp": 30}}}),
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ import command
 import outcome
 import secateur
 import tiny
+from secateur.checks import check_steps
 from secateur.contract import count_of
 from secateur.evaluation.arithmetic import multiply_adds
 from secateur.network.source import open_model
@@ -126,7 +127,7 @@ def test_neurons_make_up_for_heads_that_are_rounded(model: Make) -> None:
 @pytest.mark.parametrize(
     ("given", "what"),
     [
-        ({"target": 41_000}, "with one of them in every block"),
+        ({"target": 41_000}, "the fewest that a block can have"),
         ({"target": "1B"}, "more than the"),
         ({"ratio": 0.9, "of": "parameters"}, "cannot be reached"),
         ({"ratios": [0.1] * 3, "of": "parameters"}, "leave out of and target"),
@@ -140,6 +141,81 @@ def test_what_cannot_be_reached_is_refused(given: dict, what: str, model: Make, 
     if "reached" in what:
         least = counted(open_model(model("llama")), "parameters", {"neurons": dict.fromkeys(range(3), 1)})
         assert f"{least:,}" in str(refusal.value), "the smallest that can be is named"
+
+
+def test_blocks_without_experts_count_too(model: Make) -> None:
+    """Of three blocks the second holds no mixture; all of the network is counted."""
+    source = open_model(model("qwen3_moe_mixed"))
+    expert = unit_cost(source, 0, "experts", "parameters")
+    sizes = planned(model("qwen3_moe_mixed"), axis="experts", target=source.anatomy.parameters - 4 * expert)
+    assert sizes == {"experts": {0: 2, 2: 2}}
+
+
+def test_fewer_experts_save_no_multiply_adds(model: Make, tmp_path: Path) -> None:
+    told = compressed(model("mixtral"), tmp_path / "out", axis="experts", ratio=0.25)["budget"]["reached"]
+    work = multiply_adds(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokens_counted(open_model(model("mixtral")))
+    )
+    assert told["multiply_adds"]["before"] == told["multiply_adds"]["after"] == work
+    with pytest.raises(secateur.RequestError, match="no multiply-adds"):
+        planned(model("mixtral"), axis="experts", ratio=0.1, of="multiply_adds")
+
+
+def test_a_set_of_queries_keeps_one(model: Make) -> None:
+    source = model("llama")
+    least = counted(open_model(source), "parameters", {"queries": dict.fromkeys(range(3), 2)})
+    assert planned(source, axis="queries", target=least) == {"queries": dict.fromkeys(range(3), 2)}
+    with pytest.raises(secateur.RequestError, match=f"{least:,} are left"):
+        planned(source, axis="queries", target=least - 1)
+
+
+def test_multiply_adds_are_not_foretold_where_channels_go(model: Make, tmp_path: Path) -> None:
+    """Widths of units do not tell them."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("steps:\n- minitron: {axis: [channels], ratio: 0.25, multiple_of: 16}\n- random_units: {}\n")
+    told = command.compress(model("llama"), tmp_path / "out", "--dry-run", "--recipe", recipe, method=None)
+    assert told.code == 0 and "channels 64 → 48" in told.out and "multiply-adds" not in told.out
+
+
+@pytest.mark.parametrize(
+    ("steps", "what"),
+    [
+        (
+            [
+                {"magnitude_units": {"allocation": "flap_search"}},
+                {"minitron": {"axis": "channels", "ratio": 0.25, "multiple_of": 16}},
+            ],
+            "channels first",
+        ),
+        ([{"magnitude_units": {"ratios": [0.2, 0.4, 0.4]}}, {"slicegpt": {"ratio": 0.25}}], "channels first"),
+        (
+            [
+                {"block_influence": {"part": "attention", "remove": 1}},
+                {"random_units": {"axis": "heads", "ratio": 0.5}},
+            ],
+            "heads first",
+        ),
+        ([{"block_influence": {"part": "feed_forward", "remove": 1}}, {"minitron": {}}], "neurons first"),
+    ],
+)
+def test_what_an_earlier_step_makes_impossible_is_refused_first(steps: list, what: str, model: Make) -> None:
+    source = open_model(model("llama"))
+    with pytest.raises(secateur.RequestError, match=what):
+        check_steps(source, Recipe.parse({"steps": steps}).steps)
+    check_steps(source, Recipe.parse({"steps": steps[::-1]}).steps)  # the other way round it can be done
+
+
+def test_a_second_cut_of_channels_counts_from_the_first(model: Make, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    steps = [f"- minitron: {{axis: [channels], ratio: {ratio}, multiple_of: 16}}\n" for ratio in (0.25, 0.33)]
+    recipe.write_text("steps:\n" + "".join(steps))
+    told = command.compress(model("llama"), tmp_path / "out", "--dry-run", "--recipe", recipe, method=None)
+    assert told.code == 0 and "channels 64 → 32" in told.out
+
+
+def test_mixtures_keep_as_many_experts_each(model: Make) -> None:
+    with pytest.raises(secateur.RequestError, match="must keep as many experts"):
+        planned(model("mixtral"), axis="experts", ratio=0.25, allocation="flap_search")
 
 
 def test_a_later_step_counts_what_earlier_ones_leave(model: Make, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from secateur.network.blocks import lacking
 from secateur.network.channels import channels_config, find_channels
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.heterogeneous import BlockShape, heterogeneous_config
-from secateur.network.modelling_file import BLOCK, frame, nothings
+from secateur.network.modelling_file import BLOCK, FEED_FORWARD, frame, nothings
 from secateur.network.rotation import find_roles, untied_config
 from secateur.network.source import Source
 from secateur.network.store import raw_config, resized_config
@@ -17,7 +17,7 @@ from secateur.recipe import Step
 from secateur.solving import Solver
 from secateur.targets import check_targets
 from secateur.unit_budgets import measure_of, sets_of
-from secateur.units import Sizes, cuts_channels, planned_channels, planned_sizes, present_sizes, rotates
+from secateur.units import Sizes, asked_axes, cuts_channels, planned_channels, planned_sizes, present_sizes, rotates
 
 
 def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Sizes:
@@ -36,10 +36,13 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
     sizes: Sizes = {}
     count = len(network.blocks)
     other_vocabulary = False
-    for step in steps:
+    left_channels: int | None = None
+    uneven: Step | None = None  # the first that leaves blocks that differ
+    for number, step in enumerate(steps):
         Solver.of(step.registered, step.parameters).check(step.parameters)
         if step.registered.scope == "blocks":
             count = _check_blocks(source, step, count)
+            uneven = uneven or (step if step.parameters["part"] != BLOCK else None)
             # which blocks go is not known yet; mostly they are alike, and only how many are left matters here
             sizes = {axis: {index: n for index, n in units.items() if index < count} for axis, units in sizes.items()}
             continue
@@ -52,15 +55,21 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
         if step.registered.scope == "weight":
             check_targets(source, step)
             continue
+        _check_order(steps[:number], step, uneven)
         present = present_sizes(source, step)
         present = {
-            axis: sizes.get(axis) or {index: n for index, n in units.items() if index < count}
+            axis: sizes.get(axis)
+            or _left(axis, {index: n for index, n in units.items() if index < count}, source, sizes)
             for axis, units in present.items()
         }
         # how many parameters a smaller vocabulary leaves is not known yet, so nor are the widths of a budget in them
         known = not (other_vocabulary and measure_of(step))
-        planned = planned_sizes(source, step, present, sizes) if known else None
+        planned = planned_sizes(source, step, present, sizes, count) if known else None
+        if planned and "heads" in planned and "queries" in sizes:  # they take theirs along
+            queries = {i: n // present["heads"][i] * planned["heads"][i] for i, n in sizes["queries"].items()}
+            sizes = {**sizes, "queries": queries}
         sizes |= planned or {}
+        uneven = uneven or (step if _leaves_uneven(step, planned or {}) else None)
         if planned and step.parameters.get("allocation") and saved:
             resized_config(
                 source, {axis: _uneven(source, axis, _for_all(source, axis, units)) for axis, units in planned.items()}
@@ -74,16 +83,39 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
                 for axis, widths in present.items()
             }
             told = sizes | (planned or narrower)
-            if {"heads", "queries"} <= set(told):  # of two steps: they share matrices, so each is tried alone
-                del told["heads" if "queries" in present else "queries"]
             raw = resized_config(source, {axis: _for_all(source, axis, units) for axis, units in told.items()})
             if cuts_channels(step):
-                channels, kept = find_channels(source), planned_channels(source, step)
+                channels, kept = find_channels(source), planned_channels(source, step, left_channels)
+                left_channels = kept or left_channels
                 if rotates(step) and source.tensors and find_roles(source, channels).untied:
                     raw = untied_config(source, raw)
                 if kept is not None:
                     channels_config(source, channels, raw, kept)
     return sizes
+
+
+def _leaves_uneven(step: Step, planned: Sizes) -> bool:
+    """Whether blocks come out with widths of their own."""
+    given = step.parameters
+    own_rules = "ratio" not in given or not given.get("uniform", True) or bool(given.get("allocation"))
+    return own_rules or any(len(set(units.values())) > 1 for units in planned.values())
+
+
+def _check_order(before: Sequence[Step], step: Step, uneven: Step | None) -> None:
+    """Raises RequestError where earlier steps leave blocks in which this one cannot cut what it is asked to."""
+    if uneven is not None and cuts_channels(step):
+        raise RequestError(
+            f"{step.method} cuts channels, but {uneven.method} before it leaves blocks that differ, and no configuration of "
+            "such says fewer channels; put the step that cuts channels first."
+        )
+    for earlier in before:
+        if earlier.registered.scope == "blocks" and (part := earlier.parameters["part"]) != BLOCK:
+            units = ("neurons",) if part == FEED_FORWARD else ("heads", "queries")
+            if lost := [axis for axis in asked_axes(step) if axis in units]:
+                raise RequestError(
+                    f"{step.method} cuts {lost[0]} of every block, but {earlier.method} before it removes the "
+                    f"{part.replace('_', '-')} of some; put the step that cuts {lost[0]} first."
+                )
 
 
 def _for_all(source: Source, axis: Axis, units: Mapping[int, int]) -> dict[int, int]:
@@ -96,15 +128,22 @@ def _fewer(source: Source, axis: Axis, block: int, units: int) -> int:
     """A smaller number of units that a block could have."""
     if axis == "heads":  # some numbers of heads must divide the hidden size, which half of them does
         return max(1, units // 2)
-    sets = sets_of(source, axis)[block]
-    return max(sets, units - sets)
+    run = sets_of(source, axis)[block]
+    return max(run, units - run)
+
+
+def _left(axis: Axis, units: Mapping[int, int], source: Source, sizes: Sizes) -> dict[int, int]:
+    """How many units there are when heads that earlier steps removed have taken their queries along."""
+    runs = sets_of(source, axis)
+    now = sets_of(source, axis, sizes)
+    return {index: count // runs[index] * now[index] for index, count in units.items()}
 
 
 def _uneven(source: Source, axis: Axis, units: Mapping[int, int]) -> dict[int, int]:
     """Other widths of the same blocks, of which the first differs from the rest: whether a configuration can say such."""
     first, count = next(iter(units.items()))
-    sets = sets_of(source, axis)[first]
-    return {**units, first: count - sets if count > sets else count + sets}
+    run = sets_of(source, axis)[first]  # one of each goes at a time
+    return {**units, first: count - run if count > run else count + run}
 
 
 def _check_blocks(source: Source, step: Step, count: int) -> int:

@@ -28,7 +28,7 @@ from secateur.network.depth import blocks_to_remove
 from secateur.network.matrices import MatrixRef
 from secateur.network.modelling_file import BLOCK, part_parameters
 from secateur.network.source import Source, conversion_dtype
-from secateur.network.store import stored_dtype
+from secateur.network.store import each_alone, stored_dtype
 from secateur.network.stream import pieces
 from secateur.network.vocabulary import token_rows
 from secateur.recipe import Recipe, Step
@@ -140,13 +140,18 @@ def _needs(
             dim = dims.get(original.stored_keys(name)[0])
             if dim is not None and name not in again:
                 removed[name] = parameter.numel() // parameter.shape[dim] * rows
-    for units in cut.values():
-        for kept, group in units.values():
+    for axis, widths in each_alone(original, sizes).items():
+        for index, kept in widths.items():
+            group = original.anatomy.blocks[index].group(axis)
+            assert group is not None, "planned where it is"
             for part in group.slices:
                 parameter = original.skeleton.get_parameter(part.parameter)
                 fewer = parameter.numel() // parameter.shape[part.dim] * (group.count - kept) * part.width
                 removed[part.parameter] = removed.get(part.parameter, 0) + fewer
-    left_channels = [width for step in steps if (width := planned_channels(original, step)) is not None]
+    left_channels: list[int] = []
+    for step in steps:
+        if (width := planned_channels(original, step, next(reversed(left_channels), None))) is not None:
+            left_channels.append(width)
     if left_channels:
         _remove_channels(original, left_channels[-1], removed)
         if any(rotates(step) for step in steps) and (head := _untied(original)):
@@ -192,7 +197,8 @@ def _needs(
             for step in steps
             if "axis" in step.parameters and (asked := asked_for(step))
         ],
-        "multiply_adds": _multiply_adds(original, sizes, left) if not rows else None,
+        # every matrix is smaller where channels go, which widths of units do not tell
+        "multiply_adds": _multiply_adds(original, sizes, left) if not rows and not left_channels else None,
         "zeros": [{"removed": each.removed, "of": each.of, "matrices": each.matrices} for each in pruning],
         "bytes_written": written,
         "disk_needed": written + extra,

@@ -40,7 +40,7 @@ from secateur.calibration.synthetic import SyntheticGram
 from secateur.calibration.token_counts import TokenCounts
 from secateur.calibration.unit_gradients import UnitGradients
 from secateur.context import Context
-from secateur.contract import COMMON, NEEDS, Axes, Kind, MaskFrom, Ratio, Target, UnitsFrom
+from secateur.contract import COMMON, NEEDS, Axes, Kind, MaskFrom, Ratio, UnitsFrom
 from secateur.errors import RequestError, suggest
 from secateur.network.anatomy import COLUMN_AXES, CutAxis
 from secateur.network.blocks import Blocks, Kept
@@ -82,7 +82,6 @@ __all__ = [
     "SilencedFlow",
     "StreamMoment",
     "SyntheticGram",
-    "Target",
     "TokenCounts",
     "UnitGradients",
     "UnitScores",

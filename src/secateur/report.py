@@ -103,6 +103,8 @@ def asked_line(asked: Mapping[str, Any]) -> str:
     """A budget as it was asked for, in words."""
     of = asked["of"].replace("_", "-")
     if "target" in asked:
+        if asked["target"] < 1:
+            return f"asked for {_brief(asked['target'])} of the {of}"
         return f"asked for {asked['target']:,} {of}"
     return f"asked for {_brief(asked['ratio'])} of the {of} less" if "ratio" in asked else "asked for ratios of its own"
 

@@ -13,6 +13,7 @@ from secateur.evaluation.forward import maximum_positions, text_config
 from secateur.evaluation.speed import PREFILL
 from secateur.network.anatomy import AXES, Axis
 from secateur.network.source import Source
+from secateur.network.store import each_alone
 from secateur.network.widths import round_width
 from secateur.recipe import Step
 
@@ -44,7 +45,7 @@ def unit_cost(source: Source, block: int, axis: Axis, measure: Measure) -> int:
         shape = source.skeleton.get_parameter(part.parameter).shape
         if measure == "parameters":
             cost += shape.numel() // shape[part.dim] * part.width
-        elif len(shape) == 2:
+        elif len(shape) == 2 and axis != "experts":  # a token goes to as many, and routers are not counted
             cost += tokens * shape.numel() // shape[part.dim] * part.width
     if measure == "multiply_adds" and axis in ("heads", "queries") and found.attention:
         pairs = attention_pairs(text_config(source.skeleton), tokens)
@@ -53,9 +54,13 @@ def unit_cost(source: Source, block: int, axis: Axis, measure: Measure) -> int:
     return cost
 
 
-def sets_of(source: Source, axis: Axis) -> dict[int, int]:
-    """In how many equal runs the units of each block lie, of which each keeps as many."""
-    return {block.index: group.sets for block in source.anatomy.blocks if (group := block.group(axis))}
+def sets_of(source: Source, axis: Axis, before: Mapping[Axis, Mapping[int, int]] | None = None) -> dict[int, int]:
+    """In how many equal runs the units of each block lie, of which each keeps as many.
+
+    before: what earlier steps leave: heads that went have taken their run of queries along.
+    """
+    runs = {block.index: group.sets for block in source.anatomy.blocks if (group := block.group(axis))}
+    return runs | dict((before or {}).get("heads", {})) if axis == "queries" else runs
 
 
 def counted(
@@ -70,7 +75,7 @@ def counted(
     total = network.parameters if measure == "parameters" else multiply_adds(source.skeleton, tokens_counted(source))
     for block in network.blocks[blocks:]:
         total -= _block(source, block.index, measure)
-    for axis, units in (sizes or {}).items():
+    for axis, units in each_alone(source, sizes or {}).items():
         for index, kept in units.items():
             group = network.blocks[index].group(axis)
             if index < blocks and group is not None:
@@ -90,12 +95,19 @@ def _block(source: Source, index: int, measure: Measure) -> int:
     return total
 
 
-def wanted_total(source: Source, step: Step, present: Sizes, before: Mapping[Axis, Mapping[int, int]]) -> int:
+def wanted_total(
+    source: Source,
+    step: Step,
+    present: Sizes,
+    before: Mapping[Axis, Mapping[int, int]],
+    blocks: int | None = None,
+) -> int:
     """What the whole model is to count behind a step that has a budget in parameters or multiply-adds.
 
     Args:
         present: the units that the step may cut.
         before: the units that earlier steps leave, of whatever kind.
+        blocks: how many blocks they leave; default all.
 
     Raises RequestError where no cut reaches it.
     """
@@ -103,7 +115,11 @@ def wanted_total(source: Source, step: Step, present: Sizes, before: Mapping[Axi
     assert measure is not None, "who asks has looked"
     if parameters.get("ratios"):
         raise RequestError(f"{step.method}: ratios are fractions of the units of each block; leave out of and target.")
-    blocks = len(next(iter(present.values())))
+    if measure == "multiply_adds" and "experts" in present:
+        raise RequestError(
+            f"{step.method}: a token of {source.spec} goes to as many experts however many there are, so cutting them saves "
+            "no multiply-adds; cut them in a step of their own, with of=units or of=parameters."
+        )
     whole = counted(source, measure, {**before, **present}, blocks)
     target = parameters.get("target")
     total = round((1 - parameters["ratio"]) * whole) if target is None else int(target)
@@ -112,17 +128,24 @@ def wanted_total(source: Source, step: Step, present: Sizes, before: Mapping[Axi
         raise RequestError(
             f"{step.method}: target={total:,} is more than the {whole:,} {named} that {source.spec} has; ask for fewer."
         )
-    one = {axis: dict.fromkeys(units, 1) for axis, units in present.items()}
+    runs = {axis: sets_of(source, axis, before) for axis in present}
+    one = {axis: {index: runs[axis][index] for index in units} for axis, units in present.items()}
     smallest = counted(source, measure, {**before, **one}, blocks)
     if total < smallest:
         raise RequestError(
             f"{step.method}: {total:,} {named} cannot be reached by cutting {' and '.join(present)} of {source.spec}: with "
-            f"one of them in every block {smallest:,} are left; ask for no fewer, or give `axis` more kinds of units."
+            f"the fewest that a block can have {smallest:,} are left; ask for no fewer, or give `axis` more kinds of units."
         )
     return total
 
 
-def budgeted_sizes(source: Source, step: Step, present: Sizes, before: Mapping[Axis, Mapping[int, int]]) -> Sizes:
+def budgeted_sizes(
+    source: Source,
+    step: Step,
+    present: Sizes,
+    before: Mapping[Axis, Mapping[int, int]],
+    blocks: int | None = None,
+) -> Sizes:
     """Units kept so that the whole model counts as nearly as possible what a step asks for, one ratio for all blocks.
 
     Every kind of units is asked for the same ratio. Heads are few, so they are rounded first, and neurons make up for it.
@@ -131,10 +154,10 @@ def budgeted_sizes(source: Source, step: Step, present: Sizes, before: Mapping[A
     """
     measure = measure_of(step)
     assert measure is not None, "who asks has looked"
-    total = wanted_total(source, step, present, before)
-    left = counted(source, measure, {**before, **present}, len(next(iter(present.values())))) - total
+    total = wanted_total(source, step, present, before, blocks)
+    left = counted(source, measure, {**before, **present}, blocks) - total
     # one of each run goes at a time
-    sets = {axis: sets_of(source, axis) for axis in present}
+    sets = {axis: sets_of(source, axis, before) for axis in present}
     present = {axis: {i: count // sets[axis][i] for i, count in units.items()} for axis, units in present.items()}
     costs = {
         axis: {i: sets[axis][i] * unit_cost(source, i, axis, measure) for i in units} for axis, units in present.items()

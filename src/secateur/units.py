@@ -90,13 +90,16 @@ def rotates(step: Step) -> bool:
     return StreamMoment in step.registered.needs.values()
 
 
-def planned_channels(source: Source, step: Step) -> int | None:
-    """How many channels of the residual stream stay; None where the step cuts none, or its `ratio` does not tell."""
+def planned_channels(source: Source, step: Step, before: int | None = None) -> int | None:
+    """How many channels of the residual stream stay; None where the step cuts none, or its `ratio` does not tell.
+
+    before: how many earlier steps leave; by default all.
+    """
     parameters = step.parameters
     if not cuts_channels(step) or "ratio" not in parameters or parameters.get("target"):
         return None
     ratio = (parameters.get("ratios") or {}).get("channels", parameters["ratio"])
-    return round_width(source.anatomy.hidden, ratio, parameters.get("multiple_of", 1))
+    return round_width(before or source.anatomy.hidden, ratio, parameters.get("multiple_of", 1))
 
 
 def output_matrices(source: Source, axes: Sequence[Axis]) -> dict[int, list[MatrixRef]]:
@@ -122,13 +125,17 @@ def wanted_ratio(parameters: Mapping[str, Any]) -> float:
 
 
 def planned_sizes(
-    source: Source, step: Step, present: Sizes | None = None, before: Sizes | None = None
+    source: Source,
+    step: Step,
+    present: Sizes | None = None,
+    before: Sizes | None = None,
+    blocks: int | None = None,
 ) -> Sizes | None:
     """Units kept of those `present`, from a step's `ratio`, `ratios`, `of`, `target` and `multiple_of`; None if it has none,
     or is not uniform.
 
-    before: what earlier steps leave of units of any kind. Where an allocation divides the budget, this is what each block
-    would keep without it.
+    before: what earlier steps leave of units of any kind. blocks: how many blocks they leave, by default all. Where an
+    allocation divides the budget, this is what each block would keep without it.
 
     Raises RequestError when a width cannot be.
     """
@@ -140,8 +147,15 @@ def planned_sizes(
         return None
     if parameters.get("ratios") and parameters.get("allocation"):
         raise RequestError(f"{step.method}: give either ratios or an allocation: both say what each block keeps.")
+    if parameters.get("allocation") and "experts" in present:
+        raise RequestError(
+            f"{step.method}: every mixture of {source.spec} must keep as many experts, because each token goes to a fixed "
+            "number of them; leave allocation out."
+        )
     planned = (
-        budgeted_sizes(source, step, present, before or {}) if measure_of(step) else _by_ratio(source, step, present)
+        budgeted_sizes(source, step, present, before or {}, blocks)
+        if measure_of(step)
+        else _by_ratio(source, step, present, before or {})
     )
     for index, kept in planned.get("experts", {}).items():
         experts = source.anatomy.blocks[index].experts
@@ -153,7 +167,7 @@ def planned_sizes(
     return planned
 
 
-def _by_ratio(source: Source, step: Step, present: Sizes) -> Sizes:
+def _by_ratio(source: Source, step: Step, present: Sizes, before: Sizes) -> Sizes:
     """Units kept by a ratio of the units of each block."""
     parameters = step.parameters
     planned: Sizes = {}
@@ -165,7 +179,7 @@ def _by_ratio(source: Source, step: Step, present: Sizes) -> Sizes:
             raise RequestError(
                 f"{step.method}: ratios has {len(ratios)} values, but {source.spec} has {len(units)} layers."
             )
-        multiple, sets = parameters.get("multiple_of", 1) if axis == "neurons" else 1, sets_of(source, axis)
+        multiple, sets = parameters.get("multiple_of", 1) if axis == "neurons" else 1, sets_of(source, axis, before)
         planned[axis] = {
             index: sets[index] * round_width(count // sets[index], ratio, multiple)
             for (index, count), ratio in zip(units.items(), ratios, strict=True)

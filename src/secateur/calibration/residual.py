@@ -58,10 +58,11 @@ class Residual:
 
     def mean(self, axis: Axis) -> float:
         """Mean over tokens, those of all processes; every process must ask."""
-        every: list[Any] = [self._sums[axis]]
+        mine = self._sums["heads" if axis == "queries" else axis]  # both are attention's
+        every: list[Any] = [mine]
         if processes()[1] > 1:
             every = [None] * processes()[1]
-            dist.all_gather_object(every, self._sums[axis])
+            dist.all_gather_object(every, mine)
         total, tokens = (sum(part) for part in zip(*every, strict=True))
         return total / max(tokens, 1.0)
 

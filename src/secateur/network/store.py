@@ -114,9 +114,21 @@ def _single_heads(block: Block, sizes: Sizes) -> tuple[int | None, int | None]:
         heads, kv_heads = (kept * count // of for count in (attention.heads, attention.kv_heads))
     if attention and attention.queries:
         kept = sizes.get("queries", {}).get(block.index, attention.queries.count)
-        if kept != attention.queries.count:
-            heads, kv_heads = kept, attention.kv_heads
+        if kept < (heads or attention.heads):  # heads that went have taken theirs along
+            heads, kv_heads = kept, kv_heads or attention.kv_heads
     return heads, kv_heads
+
+
+def each_alone(source: Source, sizes: Mapping[Axis, Mapping[int, int]]) -> dict[Axis, Mapping[int, int]]:
+    """The same units, with those queries put back that went along with their heads: each kind may then be subtracted."""
+    heads, queries = sizes.get("heads", {}), dict[int, int]()
+    for index, kept in sizes.get("queries", {}).items():
+        attention = source.anatomy.blocks[index].attention
+        assert attention and attention.queries, "named where there are some"
+        all_heads = attention.group.count if attention.group else attention.kv_heads
+        along = (all_heads - heads.get(index, all_heads)) * (attention.queries.count // all_heads)
+        queries[index] = min(kept + along, attention.queries.count)
+    return {**sizes, "queries": queries} if queries else dict(sizes)
 
 
 def _unsaid(source: Source, axis: Axis, old: Mapping[int, int], new: Mapping[int, int]) -> str:
@@ -269,7 +281,7 @@ def _wanted_shapes(source: Source, sizes: Sizes) -> dict[str, tuple[int, ...]]:
     # every name, because a live module shares tied parameters and an empty one may not
     named = source.skeleton.named_parameters(remove_duplicate=False)
     shapes = {name: list(parameter.shape) for name, parameter in named}
-    for axis, kept in sizes.items():
+    for axis, kept in each_alone(source, sizes).items():
         for block in source.anatomy.blocks:
             if group := block.group(axis):
                 for part in group.slices:

@@ -26,6 +26,6 @@ def round_width(units: int, ratio: float, multiple_of: int = 1) -> int:
     # which would lose one unit; nothing as coarse as 1e-9 units is meant by a user's ratio.
     plain = int((1 - ratio) * units + 1e-9)
     if plain < 1:
-        raise RequestError(f"A ratio of {ratio} leaves none of {units} neurons; ask for less than {1 - 1 / units:.4f}.")
+        raise RequestError(f"A ratio of {ratio} leaves none of {units} units; ask for less than {1 - 1 / units:.4f}.")
     rounded = int((1 - ratio) * units / multiple_of + 0.5) * multiple_of
     return rounded if multiple_of > 1 and 0 < rounded < units else plain

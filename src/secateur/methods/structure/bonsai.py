@@ -29,6 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from secateur.context import Advance
+from secateur.errors import RequestError
 from secateur.network.anatomy import Axis
 from secateur.network.widths import round_width
 from secateur.registry import Axes, Context, Cut, Evaluator, Network, Plan, Ratio, Units, method
@@ -128,12 +129,16 @@ def bonsai(
     """
     modules = []
     for units in network:
-        kept = round_width(units.count, ratio, multiple_of if units.axis == "neurons" else 1)
         columns, alive = units.output.abs().mean(0), torch.ones(units.count, dtype=torch.bool)
-        modules.append(
-            _Module(units, units.count - kept if uniform else None, columns, alive, torch.zeros(units.count))
-        )
+        goes = None
+        if uniform:
+            goes = units.count - round_width(units.count, ratio, multiple_of if units.axis == "neurons" else 1)
+        modules.append(_Module(units, goes, columns, alive, torch.zeros(units.count)))
     whole = sum(each.units.count * each.units.size for each in modules)
+    if not uniform and (most := sum((each.units.count - 1) * each.units.size for each in modules)) < ratio * whole:
+        raise RequestError(
+            f"bonsai: ratio={ratio} cannot go, because one unit stays in every block; at most {most / whole:.4f} can."
+        )
     share = max((ratio if each.goes is None else each.goes / each.units.count for each in modules), default=0.0)
     rounds = ceil(share / per_round - 1e-9)
     wishes = _Wishes(-(-submodels // 2), sequences, prior_sequences, metric, vary and not uniform)

@@ -21,18 +21,20 @@ What differs here, or is ours:
 - target: shapes are ranked by the share of the scores that stays, where the paper retrains each candidate for a while.
 """
 
+from collections.abc import Mapping
 from itertools import product
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from secateur.contract import count_of
 from secateur.errors import RequestError
 from secateur.network.anatomy import CutAxis
 from secateur.network.widths import round_width
-from secateur.registry import Activations, Context, Cut, Network, Plan, Ratio, Target, Units, method
+from secateur.registry import Activations, Context, Cut, Network, Plan, Ratio, Units, method
 from secateur.tensor.head_residuals import residual_partners
 
 Axes = Annotated[
@@ -44,6 +46,21 @@ LISTED = 20
 STEPS = 16  # widths tried for each axis, evenly spread
 
 
+def _share_or_count(value: Any) -> Any:
+    return value if isinstance(value, float) and value < 1 else count_of(value)
+
+
+def _contradiction(given: Mapping[str, Any]) -> str | None:
+    axis, ratios = given["axis"], given["ratios"] or {}
+    if given["residuals"] and "heads" not in axis:
+        return "residuals are those of heads; add heads to `axis`, or leave residuals out."
+    if ratios and given["target"] is not None:
+        return "give either ratios or a target: both say what stays."
+    if other := [name for name in ratios if name not in axis]:
+        return f"ratios names {other[0]}, which `axis` does not; add it there, or leave it out."
+    return None
+
+
 @method(
     "minitron",
     kind="structure",
@@ -52,6 +69,7 @@ STEPS = 16  # widths tried for each axis, evenly spread
     when="after training",
     speedup="universal",
     axes=("heads", "neurons", "channels"),
+    refuses=_contradiction,
 )
 def minitron(
     network: Network[Units],
@@ -61,7 +79,7 @@ def minitron(
     axis: Axes = ["neurons"],  # noqa: B006 (read by the schema, never changed)
     ratio: Ratio = 0.2,
     ratios: dict[CutAxis, Ratio] | None = None,
-    target: Target = None,
+    target: Annotated[float | None, Field(gt=0), BeforeValidator(_share_or_count)] = None,
     sequence: Literal["mean", "l2"] = "mean",
     batch: Literal["mean", "l2"] = "l2",
     response: Literal["activation", "product"] = "activation",
@@ -75,16 +93,15 @@ def minitron(
             list of them.
         ratio: fraction removed of each of them, 0 ≤ ratio < 1.
         ratios: another ratio for single axes, {axis: ratio}.
-        target: instead of ratios, how many parameters the result may have, such as 100e6 or "100M"; the shape is the one
-            within 5 % below that keeps most of the scores, and the candidates are told in the receipt.
+        target: instead of ratios, how many parameters the result is to have, such as 100e6 or "100M", or which fraction of
+            them (below 1); the shape is the one within 5 % below (above, where there is none) that keeps most of the
+            scores, and the candidates are told in the receipt.
         sequence: how responses are aggregated over the tokens of a sequence.
         batch: how over sequences.
         response: of a neuron: activation is what the output matrix is given, product what the first matrix gives.
         residuals: heads that stay take over what those that go differ by, for retraining afterwards.
         multiple_of: neurons and channels kept are rounded to the nearest multiple of this where the ratio allows it.
     """
-    if residuals and "heads" not in axis:
-        raise RequestError("minitron: residuals are those of heads; add heads to `axis`, or leave residuals out.")
     scores: dict[CutAxis, list[Tensor]] = {
         "neurons": [
             activations.of(u.block, "neurons" if response == "activation" else "products", sequence, batch)
@@ -135,12 +152,13 @@ def _best(scores: Tensor, keep: int) -> Tensor:
 
 
 def _shape(
-    network: Network[Units], scores: dict[CutAxis, list[Tensor]], wanted: int, multiple_of: int, context: Context
+    network: Network[Units], scores: dict[CutAxis, list[Tensor]], target: float, multiple_of: int, context: Context
 ) -> Widths:
     """The shape within a budget that keeps most of the scores. Raises RequestError where there is none."""
     for name, found in scores.items():
         if len({len(score) for score in found}) > 1:
             raise RequestError(f"minitron: blocks have different numbers of {name}; give a ratio instead of a target.")
+    wanted = target if target >= 1 else target * network.parameters
     counter = network.counter("channels" in scores)
     near, counted = [], []
     for shape in candidates({name: len(found[0]) for name, found in scores.items()}, multiple_of):

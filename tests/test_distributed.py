@@ -209,7 +209,7 @@ def test_going_on_with_another_number_of_processes_is_refused(
 ) -> None:
     """The tokens would be shared out in another way than the hidden states that lie there."""
     recipe, output = calibrated("wanda"), tmp_path / "out"
-    _begin_alone(model("llama"), recipe, output, at=11)
+    _begin_alone(model("llama"), recipe, output, at=17)
     before = outcome.promised(output)
     monkeypatch.setattr(propagation, "processes", lambda: (0, 2))
     plan = secateur.Recipe.parse(recipe)
@@ -224,7 +224,7 @@ def test_two_for_one_and_one_for_two(began: int, model: Make, calibrated: Callab
     recipe, output, program = calibrated("wanda"), tmp_path / "out", tmp_path / "program.py"
     text = CALIBRATED.format(runs=[(str(model("llama")), recipe, str(output))])
     if began == 1:
-        _begin_alone(model("llama"), recipe, output, at=11)
+        _begin_alone(model("llama"), recipe, output, at=17)
         program.write_text(text)
         ended = torchrun(program)
         assert ended.returncode != 0 and "another number of processes" in ended.stderr

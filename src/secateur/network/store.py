@@ -126,7 +126,8 @@ def each_alone(source: Source, sizes: Mapping[Axis, Mapping[int, int]]) -> dict[
         attention = source.anatomy.blocks[index].attention
         assert attention and attention.queries, "named where there are some"
         all_heads = attention.group.count if attention.group else attention.kv_heads
-        along = (all_heads - heads.get(index, all_heads)) * (attention.queries.count // all_heads)
+        # padding adds heads, and their queries come with them
+        along = max(0, all_heads - heads.get(index, all_heads)) * (attention.queries.count // all_heads)
         queries[index] = min(kept + along, attention.queries.count)
     return {**sizes, "queries": queries} if queries else dict(sizes)
 

@@ -77,7 +77,8 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
         if saved:
             # without a plan any narrower width shows whether the configuration can say it; where blocks come out with
             # widths of their own, one that is narrower than the others
-            differ = not step.parameters.get("uniform", planned is not None)
+            alike = planned is not None or bool(step.parameters.get("target"))
+            differ = not step.parameters.get("uniform", alike)
             narrower: Sizes = {
                 axis: {i: units if differ and i else _fewer(source, axis, i, units) for i, units in widths.items()}
                 for axis, widths in present.items()

@@ -332,6 +332,7 @@ def test_onnxruntime_computes_what_transformers_does(name: str, model: Make, tmp
     assert {"model.onnx", "config.json", "tokenizer.json", "README.md"} <= {p.name for p in (tmp_path / "o").iterdir()}
 
 
+@pytest.mark.every
 @onnx
 def test_onnx_of_blocks_that_differ(uneven: Callable, tmp_path: Path) -> None:
     assert export(uneven("llama", True), "onnx", tmp_path / "o").measured["difference"] < 1e-5

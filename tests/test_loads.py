@@ -49,6 +49,7 @@ def test_an_ordinary_model(model: Make) -> None:
             assert found[loader]["loads"] is None and found[loader]["note"] == "not installed"
 
 
+@pytest.mark.every
 def test_blocks_that_differ_load_with_their_code_alone(model: Make, tmp_path: Path, few_loaders: None) -> None:
     write(model("llama"), tmp_path / "cut", {0: BlockShape(units=96)})
     found = rows(tmp_path / "cut")

@@ -1,12 +1,13 @@
 """What several benchmarks share: the real model, random checkpoints of real shapes, watching a process tree, tables."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,6 +139,33 @@ def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     rows = torch.empty(shape[0], 1).normal_(0, 0.4, generator=generator).exp_().to(torch.bfloat16)
     columns = torch.empty(1, shape[1]).normal_(0, 0.4, generator=generator).exp_().to(torch.bfloat16)
     return tensor.mul_(rows).mul_(columns)
+
+
+def remembered(
+    journal: Path | None, key: str, compute: Callable[[], Sequence[float | None]]
+) -> tuple[float | None, ...]:
+    """The figures of one run; with a journal they are looked up there first, and added: a long table can go on later."""
+    if journal is not None and journal.exists():
+        for line in journal.read_text().splitlines():
+            if (entry := json.loads(line))["key"] == key:
+                return tuple(entry["figures"])
+    figures = tuple(compute())
+    if journal is not None:
+        with journal.open("a") as file:
+            file.write(json.dumps({"key": key, "figures": figures}) + "\n")
+    return figures
+
+
+class MemoryPeak:
+    """Highest resident memory of this process between `begin` and `above`, by the kernel's count (Linux)."""
+
+    def begin(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+        self.before = psutil.Process().memory_info().rss
+
+    def above(self) -> int:
+        """Bytes above what was resident at the beginning."""
+        return _high_water(os.getpid()) - self.before
 
 
 def show(title: str, columns: Iterable[str], rows: Iterable[Sequence[object]]) -> None:

@@ -1,16 +1,22 @@
 """What removing units costs SmolLM2-135M: perplexity and divergence of every method at equal ratios.
 
     python benchmarks/units_quality.py --calibration wikitext2/validation.txt --text wikitext2/test.txt \\
-        [--ratios 0.1 0.2 0.3] [--axis neurons] [--seeds 3] [--only unit_surgeon ...] [--own]
+        [--ratios 0.1 0.2 0.3] [--axis neurons] [--seeds 3] [--only unit_surgeon ...] [--own] [--journal FILE]
+    python benchmarks/units_quality.py ... --other-axes
 
 Float32; a seed draws the calibration windows, or the numbers of a method that draws. Perplexity and KL to the dense model on
 the first windows of 1024 tokens. Errors: what the output of the cut layers changes by, squared, relative to it, on
-calibration and on held-out tokens. --own calibrates on text that the model writes itself: no outside text is used then.
+calibration and on held-out tokens. Prefill: 512 tokens at once, in turns with the dense model, how much faster; of the first
+seed. Memory: the highest resident while compressing, above the model that is there before. --own calibrates on text that the
+model writes itself: no outside text is used then. --other-axes: what else can be cut, each to as many parameters in all as a
+ratio of the neurons leaves. --journal: where each run's figures are kept, so that a table can go on later.
 """
 
 import argparse
+import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,10 +24,10 @@ from typing import Any
 import torch
 
 import secateur
-from common import SMOLLM2, show, text_ids, write_ids
+from common import SMOLLM2, MemoryPeak, remembered, show, text_ids, write_ids
 from quality import Remembered
-from secateur.evaluation import compare
-from secateur.network.source import load
+from secateur.evaluation import compare, parameters, speed
+from secateur.network.source import load, open_model
 from secateur.recipe import Recipe
 from secateur.registry import find
 
@@ -46,7 +52,17 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "Zipf surgeon (ours)": ("zipf_surgeon", {}),
     "unit surgeon (ours)": ("unit_surgeon", {}),
     "unit surgeon (ours), alphapruning": ("unit_surgeon", {"allocation": "alphapruning"}),
+}
+OTHER_AXES: dict[str, tuple[str, dict[str, Any]]] = {
+    "neurons: activation x weight": ("wanda_units", {"axis": ["neurons"]}),
+    "neurons: unit surgeon (ours)": ("unit_surgeon", {"axis": ["neurons"]}),
+    "neurons and heads: unit surgeon (ours)": ("unit_surgeon", {"axis": ["neurons", "heads"]}),
+    "heads: activation x weight": ("wanda_units", {"axis": ["heads"]}),
+    "heads: unit surgeon (ours)": ("unit_surgeon", {"axis": ["heads"]}),
     "channels: Minitron": ("minitron", {"axis": ["channels"], "multiple_of": 8}),
+    "channels: one rotation": ("slicegpt", {}),
+    "blocks: ShortGPT": ("block_influence", {}),
+    "blocks: perplexity": ("layer_drop", {"metric": "perplexity"}),
 }
 DRAWN = {"random_units", "zipf_surgeon"}
 
@@ -63,6 +79,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--only", nargs="+", help="names of rows, or of methods")
     parser.add_argument("--own", action="store_true")
+    parser.add_argument("--other-axes", action="store_true")
+    parser.add_argument("--journal", type=Path)
     options = parser.parse_args()
     module, _ = load(SMOLLM2)
     text, dense = text_ids(options.text), Remembered(module)
@@ -71,48 +89,80 @@ def main() -> None:
         data = "self" if options.own else str(ids)
         for ratio in options.ratios:
             rows = []
-            for name, (method, given) in METHODS.items():
+            cut = "the neurons' parameters" if options.other_axes else " and ".join(options.axis)
+            for name, (method, given) in (OTHER_AXES if options.other_axes else METHODS).items():
                 wanted = not options.only or {name, method} & set(options.only)
-                if not wanted or not set(given.get("axis", options.axis)) <= set(find(method).axes):
+                if not wanted or (not options.other_axes and not set(options.axis) <= set(find(method).axes)):
                     continue
-                settings = (
-                    {"axis": options.axis, **given} if "axis" in find(method).schema.model_fields else dict(given)
-                )
-                named = [key for key, value in settings.items() if value == RATIO] or ["ratio"]
-                step = {method: {**settings, named[0]: ratio}}
+                if options.other_axes:
+                    step = {method: {**given, **as_many(module, method, ratio)}}
+                else:
+                    fields = find(method).schema.model_fields
+                    settings = {"axis": options.axis, **given} if "axis" in fields else dict(given)
+                    named = [key for key, value in settings.items() if value == RATIO] or ["ratio"]
+                    step = {method: {**settings, named[0]: ratio}}
                 learns = Recipe.parse({"steps": [step]}).calibrated
                 runs = []
                 for seed in range(options.seeds if learns or method in DRAWN else 1):
                     calibration = {"data": data, "samples": options.samples, "length": options.length}
                     recipe = {"steps": [step], "seed": seed, **({"calibration": calibration} if learns else {})}
-                    runs.append(run(module, dense, text, options.windows, Recipe.parse(recipe)))
+                    key = json.dumps(
+                        [recipe | {"calibration": None}, learns, options.own, options.samples, options.length]
+                    )
+                    compute = partial(run, module, dense, text, options.windows, Recipe.parse(recipe), seed == 0)
+                    runs.append(remembered(options.journal, key, compute))
                     print(
                         f"{ratio}, {name}, seed {seed}: " + ", ".join(told([value]) for value in runs[-1]), flush=True
                     )
                 rows.append((name, len(runs), *map(told, zip(*runs, strict=True))))
             show(
-                f"{SMOLLM2}, {ratio} of {' and '.join(options.axis)}, {options.samples} x {options.length} tokens of "
+                f"{SMOLLM2}, {ratio} of {cut}, {options.samples} x {options.length} tokens of "
                 f"{'its own' if options.own else options.calibration.name}, first {options.windows} windows of "
                 f"{options.text.name}; medians (ranges)",
-                ("method", "runs", "perplexity", "/ dense", "KL, nats", "error", "held-out error", "seconds"),
+                ("method", "runs", *FIGURES),
                 rows,
             )
 
 
+def as_many(module: torch.nn.Module, method: str, ratio: float) -> dict[str, Any]:
+    """Parameters with which a method leaves as many parameters as `ratio` of the neurons of all blocks would."""
+    network = open_model(module).anatomy
+    block = network.blocks[0]
+    neurons = block.group("neurons")
+    assert neurons is not None
+    shapes = [(part, module.get_parameter(part.parameter).shape) for part in neurons.slices]
+    unit = sum(shape.numel() // shape[part.dim] * part.width for part, shape in shapes)
+    gone = round(ratio * neurons.count) * unit * len(network.blocks)
+    if "target" in find(method).schema.model_fields and method != "minitron":
+        return {"target": network.parameters - gone}
+    if "remove" in find(method).schema.model_fields:
+        return {"remove": round(gone / sum(module.get_parameter(name).numel() for name in block.parameters))}
+    return {"ratio": gone / network.parameters}  # of the channels, which every parameter has
+
+
+FIGURES = (
+    "perplexity", "/ dense", "KL, nats", "error", "held-out error", "parameters", "prefill", "MB", "seconds",
+)  # fmt: skip
+
+
 def run(
-    module: torch.nn.Module, dense: torch.nn.Module, text: Any, windows: int, recipe: Recipe
+    module: torch.nn.Module, dense: torch.nn.Module, text: Any, windows: int, recipe: Recipe, timed: bool
 ) -> tuple[float | None, ...]:
-    """Perplexity, its ratio to the dense one, KL, the two mean errors (None where nothing was calibrated), seconds."""
-    began = time.perf_counter()
+    """FIGURES: the two mean errors are None where nothing was calibrated, the gain in speed where it was not timed."""
+    peak, began = MemoryPeak(), time.perf_counter()
+    peak.begin()
     result = secateur.compress(module, recipe=recipe)
     seconds = time.perf_counter() - began
+    memory = peak.above() / 1e6
     [said] = result.receipt["decisions"]
     assert result.model is not None
     with torch.inference_mode():
         found = compare(result.model, dense, text, window=1024, windows=windows)
     ratio = found.model.perplexity / found.reference.perplexity
     errors = (said.get("mean calibration error"), said.get("mean held out error"))
-    return found.model.perplexity, ratio, found.divergence.kl, *errors, seconds
+    gain = speed(result.model, module, decode=0, pairs=5).prefill.gain.median if timed else None
+    left = parameters(result.model) / parameters(module)
+    return found.model.perplexity, ratio, found.divergence.kl, *errors, left, gain, memory, seconds
 
 
 def told(values: Any) -> str:

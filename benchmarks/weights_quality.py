@@ -11,9 +11,11 @@ three ways, AlphaPruning's the other way round among them, which should be worst
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 
 import secateur
-from common import SMOLLM2, show, text_ids, write_ids
+from common import SMOLLM2, remembered, show, text_ids, write_ids
 from secateur.evaluation import perplexity
 from secateur.methods.allocation.alphapruning import alphapruning
 from secateur.network.source import load
@@ -77,6 +79,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of rows, or of methods")
     parser.add_argument("--allocations", action="store_true")
     parser.add_argument("--model", default=SMOLLM2)
+    parser.add_argument("--journal", type=Path, help="where each run's figures are kept, to go on later")
     options = parser.parse_args()
     module, _ = load(options.model)
     text = text_ids(options.text, options.model)
@@ -94,7 +97,10 @@ def main() -> None:
             for name, (method, given) in chosen.items():
                 runs = []
                 for seed in range(1 if method == "magnitude" else options.seeds):
-                    runs.append(run(module, text, ids, options, seed, {method: {"pattern": pattern, **given}}))
+                    step = {method: {"pattern": pattern, **given}}
+                    key = json.dumps([options.model, step, seed, options.samples, options.length, options.windows])
+                    compute = partial(run, module, text, ids, options, seed, step)
+                    runs.append(remembered(options.journal, key, compute))
                     print(f"{pattern}, {name}, seed {seed}: " + told(runs[-1:], ", "), flush=True)
                 rows.append((name, len(runs), *told(runs).split("|")))
             show(

@@ -215,3 +215,23 @@ def test_the_command_line_tells_of_channels(model: Callable[..., Path], ids: Pat
     path.write_text(json.dumps(recipe(ids).plain()))
     told = command.secateur("compress", model("llama"), "--recipe", path, "--output", tmp_path / "out", "--dry-run")
     assert told.code == 0 and "channels 64 → 48" in told.out
+
+
+def test_a_budget_behind_a_cut_of_channels_is_counted_there(
+    model: Callable[..., Path], ids: Path, tmp_path: Path
+) -> None:
+    """Of the uncut stream each unit counts more, so that what can be reached and what cannot would be told wrongly."""
+    secateur.compress(model("llama"), recipe=recipe(ids), output=tmp_path / "one", evaluate=False)
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "one").parameters())
+    both = {
+        "steps": [
+            {"minitron": {"axis": ["channels"], "ratio": 0.25, "multiple_of": 16}},
+            {"magnitude_units": {"target": count - 2000, "multiple_of": 1}},
+        ],
+        "calibration": {"data": str(ids), "samples": 6, "length": 16},
+    }
+    told = dry_run(model("llama"), recipe=secateur.Recipe.parse(both), output=tmp_path / "dry")
+    assert told["units"] == {} and told["budgets"][0]["asked"]["target"] == count - 2000
+    secateur.compress(model("llama"), recipe=secateur.Recipe.parse(both), output=tmp_path / "two", evaluate=False)
+    reached = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "two").parameters())
+    assert abs(reached - (count - 2000)) <= 3 * 3 * KEPT, "a neuron of every block"

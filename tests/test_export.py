@@ -23,6 +23,7 @@ from secateur.export import check, export
 from secateur.export import gguf as gguf_export
 from secateur.export.check import Tried, try_loader
 from secateur.export.gguf_layout import FAMILIES, Layout
+from secateur.loads import loads
 from secateur.network.heterogeneous import BlockShape
 from secateur.network.source import open_model
 from secateur.network.verify import prompt
@@ -330,6 +331,12 @@ def test_onnxruntime_computes_what_transformers_does(name: str, model: Make, tmp
     done = export(model(name), "onnx", tmp_path / "o")
     assert done.measured["difference"] < 1e-5 and "KV cache" in done.notes[0]
     assert {"model.onnx", "config.json", "tokenizer.json", "README.md"} <= {p.name for p in (tmp_path / "o").iterdir()}
+    if name == "llama":
+        told = {row.loader: row for row in loads(tmp_path / "o", tokens=2)}
+        assert told["onnxruntime"].loads and told["onnxruntime"].speed and told["transformers"].loads is False
+        (tmp_path / "o/config.json").write_text("{}")
+        with pytest.raises(RequestError, match="vocab_size"):
+            list(loads(tmp_path / "o"))
 
 
 @pytest.mark.every

@@ -192,3 +192,18 @@ def test_a_dry_run_counts_the_part(model: Make, run: Callable, tmp_path: Path) -
     run(model("llama"), "layer_drop", part="attention", remove=1)
     assert told["parts"] == [{"part": "attention", "kept": 2, "of": 3}] and told["blocks"] is None
     assert told["parameters_after"] == sum(p.numel() for p in loaded(tmp_path / "out").parameters())
+
+
+def test_two_steps_take_the_part_from_different_blocks(model: Make, tmp_path: Path) -> None:
+    steps = [
+        {"layer_drop": {"part": "attention", "remove": 1}},
+        {"block_influence": {"part": "attention", "remove": 1}},
+    ]
+    given = {"steps": steps, "calibration": {"data": "self", "samples": 2, "length": 16}}
+    told = dry_run(model("llama"), recipe=secateur.Recipe.parse(given), output=tmp_path / "dry")
+    assert told["parts"] == [{"part": "attention", "kept": 2, "of": 3}, {"part": "attention", "kept": 1, "of": 2}]
+    attention = sum(p.numel() for p in layers(loaded(model("llama")))[0].self_attn.parameters())
+    assert told["parameters"] - told["parameters_after"] == 2 * attention
+    with pytest.raises(secateur.RequestError, match="leaves none of 1"):  # of those that the first two leave
+        given["steps"] = [*steps, steps[0]]
+        dry_run(model("llama"), recipe=secateur.Recipe.parse(given), output=tmp_path / "dry")

@@ -1,5 +1,6 @@
 """Budgets of units that are divided among blocks: sums and bounds, uniform where blocks are alike, scores by hand."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,14 @@ import command
 import outcome
 import secateur
 import tiny
+from secateur import registry
 from secateur.methods.allocation.equal_error import equal_error
 from secateur.methods.allocation.flap_search import flap_search
 from secateur.network.anatomy import anatomy
 from secateur.network.scores import ErrorCurves, ScoredUnits, UnitScores
 from secateur.network.verify import CleanProcess
 from secateur.recipe import Recipe
+from secateur.registry import find, methods
 from secateur.tensor.thresholds import cheapest_counts, removal_squares, rounded_widths
 
 Make = Callable[..., Path]
@@ -85,6 +88,7 @@ def test_widths_keep_their_sum(multiple: int) -> None:
 def test_widths_at_the_ends() -> None:
     assert rounded_widths({0: 100.0, 1: 64.0}, {0: 100, 1: 100}, 32) == {0: 100, 1: 64}, "whole stays whole"
     assert rounded_widths({0: 5.4, 1: 5.6}, {0: 20, 1: 20}, 32) == {0: 5, 1: 6}, "narrower than the multiple"
+    assert rounded_widths({0: 6.2, 1: 6.1}, {0: 9, 1: 8}, {0: 3, 1: 2}) == {0: 6, 1: 6}, "each its own multiple"
     assert rounded_widths({0: 1.0, 1: 63.0}, {0: 64, 1: 64}, 32) == {0: 32, 1: 32}
 
 
@@ -248,6 +252,8 @@ def test_criterion_refit_and_allocation_in_one_step(
     ("step", "what"),
     [
         ({"unit_surgeon": {"allocation": "flap_search"}}, "states no scores of units"),
+        ({"fold": {"allocation": "equal_error"}}, "states no scores of units"),
+        ({"liar": {"by": "zipf_surgeon", "allocation": "flap_search"}}, "states no scores of units"),
         ({"wanda_units": {"allocation": {"flap_search": {"limit": 0.3}}}}, "limit=0.3"),
     ],
 )
@@ -256,6 +262,29 @@ def test_what_cannot_be_divided_is_refused(step: dict, what: str, model: Make, i
     with pytest.raises(secateur.RequestError, match=what):
         secateur.compress(model("llama"), recipe=recipe(method, ids, **given), output=tmp_path / "out", evaluate=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "method", [each.name for each in methods().values() if each.scope == "units" and not each.others]
+)
+def test_who_states_scores_is_said_by_the_decorator(method: str, model: Make, ids: Path) -> None:
+    """Otherwise an allocation that compares them would find out in the middle of a run."""
+    said: list[bool] = []
+    given = find(method).function
+
+    def seen(units: Any, *others: Any, **parameters: Any) -> Any:
+        found = given(units, *others, **parameters)
+        said.append(units.scores is not None)
+        return found
+
+    changed = dataclasses.replace(find(method), function=seen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._registry, method, changed)
+        live = AutoModelForCausalLM.from_pretrained(model("llama"))
+        step = {"steps": [{method: {"ratio": 0.5, "multiple_of": 1}}]}
+        calibrated = Recipe.parse(step).calibrated
+        secateur.compress(live, recipe=recipe(method, ids) if calibrated else Recipe.parse(step))
+    assert said and all(each == find(method).scores for each in said)
 
 
 def test_recipes_of_allocations() -> None:

@@ -16,6 +16,7 @@ from secateur.network.vocabulary import open_vocabulary, token_rows
 from secateur.recipe import Step
 from secateur.solving import Solver
 from secateur.targets import check_targets
+from secateur.unit_allocation import chooser_of, divider, no_scores
 from secateur.unit_budgets import measure_of, sets_of
 from secateur.units import Sizes, asked_axes, cuts_channels, planned_channels, planned_sizes, present_sizes, rotates
 
@@ -38,10 +39,15 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
     other_vocabulary = False
     left_channels: int | None = None
     uneven: Step | None = None  # the first that leaves blocks that differ
+    fewer_parts: dict[str, int] = {}  # in how many blocks earlier steps remove a part
     for number, step in enumerate(steps):
-        Solver.of(step.registered, step.parameters).check(step.parameters)
+        solver = Solver.of(step.registered, step.parameters)
+        solver.check(step.parameters)
+        compares = (method := divider(step)) is not None and method.scope == "widths"
+        if compares and not (chooser := chooser_of(solver)).method.scores:
+            raise no_scores(step, chooser)
         if step.registered.scope == "blocks":
-            count = _check_blocks(source, step, count)
+            count = _check_blocks(source, step, count, fewer_parts)
             uneven = uneven or (step if step.parameters["part"] != BLOCK else None)
             # which blocks go is not known yet; mostly they are alike, and only how many are left matters here
             sizes = {axis: {index: n for index, n in units.items() if index < count} for axis, units in sizes.items()}
@@ -62,8 +68,9 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
             or _left(axis, {index: n for index, n in units.items() if index < count}, source, sizes)
             for axis, units in present.items()
         }
-        # how many parameters a smaller vocabulary leaves is not known yet, so nor are the widths of a budget in them
-        known = not (other_vocabulary and measure_of(step))
+        # how many parameters a smaller vocabulary leaves is not known yet, and units are counted at the width that the
+        # stream has now, so nor are the widths of a budget in them behind such steps
+        known = not ((other_vocabulary or left_channels is not None) and measure_of(step))
         planned = planned_sizes(source, step, present, sizes, count) if known else None
         if planned and "heads" in planned and "queries" in sizes:  # they take theirs along
             queries = {i: n // present["heads"][i] * planned["heads"][i] for i, n in sizes["queries"].items()}
@@ -147,10 +154,13 @@ def _uneven(source: Source, axis: Axis, units: Mapping[int, int]) -> dict[int, i
     return {**units, first: count - run if count > run else count + run}
 
 
-def _check_blocks(source: Source, step: Step, count: int) -> int:
-    """How many of `count` blocks a step leaves. Raises RequestError when it cannot remove blocks from this model."""
+def _check_blocks(source: Source, step: Step, count: int, fewer: dict[str, int]) -> int:
+    """How many of `count` blocks a step leaves. Raises RequestError when it cannot remove blocks from this model.
+
+    fewer: in how many blocks earlier steps remove a part, to which this one adds.
+    """
     if (part := step.parameters["part"]) != BLOCK:
-        _check_parts(source, step, part, count)
+        fewer[part] = fewer.get(part, 0) + _check_parts(source, step, part, count, fewer.get(part, 0))
         return count
     left = count - blocks_to_remove(step.method, step.parameters, count)
     check_skippable(source, step.method)
@@ -159,18 +169,19 @@ def _check_blocks(source: Source, step: Step, count: int) -> int:
     return left
 
 
-def _check_parts(source: Source, step: Step, part: str, count: int) -> None:
-    """Raises RequestError when a step cannot remove the attention or feed-forward of blocks of this model."""
+def _check_parts(source: Source, step: Step, part: str, count: int, fewer: int) -> int:
+    """How many blocks lose a part. Raises RequestError when a step cannot remove the attention or feed-forward of blocks."""
     without = lacking(source, part)
     if len(without) == len(source.anatomy.blocks):
         raise RequestError(
             f"{step.method} removes the {part.replace('_', '-')} of blocks, but none of {source.spec} has one that was "
             "recognised and can be left out alone; remove whole blocks."
         )
-    remove = blocks_to_remove(step.method, step.parameters, count, without)
+    # which of those that have it earlier steps take is not known yet; mostly they are alike
+    having = [block.index for block in source.anatomy.blocks if block.index not in without]
+    remove = blocks_to_remove(step.method, step.parameters, count, without | set(having[len(having) - fewer :]))
     raw = raw_config(source)
     if plain := frame(raw, type(source.config)):
         nothings(plain, part)
-    # whichever go: mostly they are alike
-    gone = [block.index for block in source.anatomy.blocks if block.index not in without][: max(remove, 1)]
-    heterogeneous_config(source, raw, {index: BlockShape(skip=(part,)) for index in gone})
+    heterogeneous_config(source, raw, {index: BlockShape(skip=(part,)) for index in having[: max(remove, 1)]})
+    return remove

@@ -125,12 +125,15 @@ def _needs(
         name: original.skeleton.get_parameter(name).numel() for block in gone for name in block.parameters
     }
     parts: list[dict[str, Any]] = []
+    lost: dict[str, set[int]] = {}  # which blocks earlier steps are counted to have left without a part
     for step in steps:
         if step.registered.scope == "blocks" and (part := step.parameters["part"]) != BLOCK:
-            without = lacking(original, part)
+            without = lacking(original, part) | lost.get(part, set())
             having = [block for block in original.anatomy.blocks[:left] if block.index not in without]
             fewer = blocks_to_remove(step.method, step.parameters, left, without)
-            names = [name for block in having[len(having) - fewer :] for name in part_parameters(block, part)]
+            going = having[len(having) - fewer :]
+            lost.setdefault(part, set()).update(block.index for block in going)
+            names = [name for block in going for name in part_parameters(block, part)]
             removed |= {name: original.skeleton.get_parameter(name).numel() for name in names}
             parts.append({"part": part, "kept": len(having) - fewer, "of": len(having)})
     if rows:

@@ -1,5 +1,6 @@
 """What loads a model and computes the same: each loader tried in a process of its own, none taken at its word."""
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from secateur.errors import RequestError, SecateurError
 from secateur.export import export
 from secateur.export.check import Tried, difference, score_difference, try_loader
 from secateur.export.clean_run import LOADERS
+from secateur.export.onnx import FILE
 from secateur.network.locate import locate
 from secateur.network.modelling_file import is_ours
 from secateur.network.source import open_model
@@ -52,6 +54,9 @@ def loads(model: str | Path, trust_remote_code: bool = False, tokens: int = 8) -
 
     tokens: how many each generates. Raises RequestError where there is no model.
     """
+    if (Path(model) / FILE).is_file() and not any(Path(model).glob("*.safetensors")):
+        yield from _of_a_graph(Path(model), tokens)
+        return
     place = locate(str(model))
     if place.file is not None:
         yield from _of_a_file(place.file, tokens)
@@ -106,6 +111,22 @@ def _of_a_file(file: Path, tokens: int) -> Iterator[Row]:
     yield _row("gguf", try_loader("gguf", file, ids), None)
     yield _row("llama.cpp", try_loader("llama.cpp", file, ids, tokens=tokens), reference.logits)
     yield from _servers(file, ids)
+
+
+def _of_a_graph(directory: Path, tokens: int) -> Iterator[Row]:
+    """A directory as `--to onnx` writes it; what its logits were compared with then is not there any more."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        words = int((config.get("text_config") or config)["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"{directory} holds {FILE} but no config.json that says its vocab_size, so no tokens can be made for it; copy "
+            "the model's config.json beside it."
+        ) from error
+    ids = prompt(words)
+    yield _row("transformers", try_loader("transformers", directory, ids, tokens=tokens), None)
+    yield _row("onnxruntime", try_loader("onnxruntime", directory, ids, tokens=tokens), None)
+    yield from _servers(directory, ids)
 
 
 def _servers(location: Path, ids: list[int]) -> Iterator[Row]:

@@ -114,6 +114,7 @@ class Method:
     help: dict[str, str] = field(default_factory=dict)
     only: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refuses: Callable[[Mapping[str, Any]], str | None] = lambda _: None
+    scores: bool = True
 
     @property
     def scope(self) -> str:
@@ -253,6 +254,7 @@ def method(
     axes: tuple[CutAxis, ...] = COLUMN_AXES,
     only: Mapping[str, Mapping[str, Any]] | None = None,
     refuses: Callable[[Mapping[str, Any]], str | None] = lambda _: None,
+    scores: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as a method. A signature that breaks the contract is a TypeError at import.
 
@@ -267,6 +269,7 @@ def method(
             type says so.
         refuses: the sentence that says why parameters, the engine's included, contradict each other; None where they do not.
             Asked before anything is read.
+        scores: whether a method that chooses units states a score of each, by which an allocation can compare blocks.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -325,7 +328,7 @@ def method(
         _registry[name] = Method(
             name, kind, paper, claim, when, speedup, learned, axes, function, needs, schema,
             {key: common[key][2] if key in common else help_texts[key] for key in fields}, conditions,
-            refuses,
+            refuses, scores,
         )  # fmt: skip
         return function
 

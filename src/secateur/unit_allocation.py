@@ -77,7 +77,7 @@ def allocated(
         for each in units:
             wanted[each.axis][each.block] = each.count - said.remove[each.name]
     widths = {
-        axis: rounded_widths(wanted[axis], counts[axis], _multiple(source, step, axis, alike[axis], counts[axis]))
+        axis: rounded_widths(wanted[axis], counts[axis], _multiples(source, step, axis, alike[axis], counts[axis]))
         for axis in alike
     }
     context.note(
@@ -90,10 +90,15 @@ def allocated(
     return widths
 
 
-def _multiple(source: Source, step: Step, axis: Axis, alike: Mapping[int, int], counts: Mapping[int, int]) -> int:
-    """What widths are multiples of: nothing is rounded that would not be if all blocks were treated alike."""
-    multiple = int(step.parameters["multiple_of"]) if axis == "neurons" else max(sets_of(source, axis).values())
-    return multiple if all(kept % multiple == 0 or kept == counts[block] for block, kept in alike.items()) else 1
+def _multiples(
+    source: Source, step: Step, axis: Axis, alike: Mapping[int, int], counts: Mapping[int, int]
+) -> dict[int, int]:
+    """What the width of each block is a multiple of: nothing is rounded that would not be if all were treated alike."""
+    if axis != "neurons":  # one of each set goes at a time, and earlier steps may have left other numbers of sets
+        return sets_of(source, axis)
+    multiple = int(step.parameters["multiple_of"])
+    rounded = all(kept % multiple == 0 or kept == counts[block] for block, kept in alike.items())
+    return dict.fromkeys(alike, multiple if rounded else 1)
 
 
 def _count(source: Source, axis: Axis, block: int) -> int:

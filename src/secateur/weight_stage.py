@@ -29,7 +29,10 @@ from secateur.network.verify import stored
 from secateur.network.views import Mask, Update, Weight
 from secateur.solving import relative_error, zero_where_removed
 from secateur.targets import budgets, chosen
+from secateur.tensor.casting import narrowed
 from secateur.tensor.patterns import Budget
+
+ROWS = 256  # of a matrix put in its place at once
 
 
 @dataclass
@@ -149,7 +152,7 @@ class WeightStage(BlockStage):
         # one at a time, each in a file of its own, so that a block is not held twice
         for name, path in zip(sorted(names), self._changes(block.index), strict=True):
             old = loaded.precise.pop(name) if name in loaded.precise else loaded.working.pop(name)
-            write_tensors(path, {name: old.to(self._written(name))})
+            write_tensors(path, {name: narrowed(old, self._written(name))})
             del old
 
     def _change(self, blocks: Sequence[Block], tensors: dict[str, Tensor]) -> None:
@@ -239,16 +242,16 @@ class WeightStage(BlockStage):
 
     def _put(self, ref: MatrixRef, base: Tensor, found: Mask | Update) -> None:
         """Puts a result in the place of its matrix, rounded as it will be written. Raises RunError when it does not fit."""
-        where = view(ref, base)
-        if isinstance(found, Update):
-            where.copy_(found.matrix)
-        else:
-            where.masked_fill_(~found.kept, 0)
-        for part in where.split(1024):  # a wide matrix would be held twice
-            part.copy_(self._cast(ref.name, part, self._written(ref.parameter)))
-        # after the cast, because that is what counts
-        if not zero_where_removed(where, found.kept):
-            raise RunError(f"{ref.name}: weights that were to be removed are not zero; report this.")
+        where, dtype = view(ref, base), self._written(ref.parameter)
+        matrix = found.matrix if isinstance(found, Update) else where
+        # some rows at a time: what is made on the way of a whole wide matrix would be as large as it is
+        for part, new, kept in zip(*(each.split(ROWS) for each in (where, matrix, found.kept)), strict=True):
+            if isinstance(found, Mask):
+                new = new.masked_fill(~kept, 0)
+            part.copy_(self._cast(ref.name, new, dtype))
+            # after the cast, because that is what counts
+            if not zero_where_removed(part, kept):
+                raise RunError(f"{ref.name}: weights that were to be removed are not zero; report this.")
 
     def _masks(self) -> Path:
         return (self.artifacts or self.state) / FOLDER

@@ -22,7 +22,7 @@ from secateur.network.source import Source, conversion_dtype, load
 Key = tuple[int, Axis]
 """Units of one kind in one block."""
 
-ROWS = 256  # logits turned to float32 at once: a vocabulary is wide, and a copy of all of them would count
+ROWS = 16  # logits whose logarithms are taken at once: inference takes none, and a vocabulary is wide
 
 
 class Evaluator:

@@ -116,17 +116,17 @@ def keep_n_of_m(scores: Tensor, kept: int, of: int) -> Tensor:
         gone = groups.sort(dim=1, stable=True).indices[:, : of - kept]
         return torch.ones_like(groups, dtype=torch.bool).scatter_(1, gone, False).view(rows, columns)
     # each member's rank by comparison with the others: many times faster than sorting tiny groups
-    members = scores.reshape(-1, of).T.contiguous()
-    mask = torch.empty(members.shape, dtype=torch.bool, device=scores.device)
-    for one in range(of):
-        rank = torch.zeros(members.shape[1], dtype=torch.int8, device=scores.device)
-        for other in range(of):
-            if other < one:  # among equals the first go
-                rank += members[other] <= members[one]
-            elif other > one:
-                rank += members[other] < members[one]
-        mask[one] = rank >= of - kept
-    return mask.T.reshape(rows, columns)
+    members = scores.reshape(-1, of).T.contiguous().unbind()
+    ranks = torch.zeros(of, len(members[0]), dtype=torch.int8, device=scores.device)
+    first = torch.empty(len(members[0]), dtype=torch.bool, device=scores.device)
+    for later in range(1, of):
+        for one in range(later):
+            torch.le(members[one], members[later], out=first)  # among equals the first go
+            ranks[later] += first.view(torch.int8)
+            ranks[one] -= first.view(torch.int8)
+    # a member goes behind all that come after it, less those that it has been found to go before
+    lowest = torch.arange(of, dtype=torch.int8, device=scores.device).unsqueeze(1) - (kept - 1)
+    return (ranks >= lowest).T.reshape(rows, columns)
 
 
 def keep_blocks(scores: Tensor, block: tuple[int, int], remove: int) -> Tensor:

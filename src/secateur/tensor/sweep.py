@@ -90,12 +90,17 @@ def sweep(
     else:
         kept, choose, step = torch.empty_like(result, dtype=torch.bool), selection.choose, selection.step
     loss = weight.new_zeros(rows)
+    # of groups that are chosen one by one all at once: there are many and each is tiny
+    inverses = _diagonal_inverses(factor, step) if choose is not None and step <= LEAF else None
 
     def visit(start: int, stop: int, known: bool) -> None:
         here, width = slice(start, stop), stop - start
         if choose is not None and not known and width <= step:
             # the weights as they are while no column from here on has an error: Δ R = 0 there
-            own = torch.linalg.solve_triangular(factor[here, here], torch.eye(width).to(factor), upper=True)
+            if inverses is not None and width == step:
+                own = inverses[start // step]
+            else:
+                own = torch.linalg.solve_triangular(factor[here, here], torch.eye(width).to(factor), upper=True)
             scores = torch.addmm(result[here], own.T, change[here]).mul_(scale[here]).square_()
             kept[here] = choose(scores.T, start).T
             known = True
@@ -135,3 +140,10 @@ def sweep(
 
     visit(0, columns, choose is None)
     return Swept(result.T.contiguous(), kept.T.contiguous(), loss)
+
+
+def _diagonal_inverses(factor: Tensor, step: int) -> Tensor:
+    """(d // step, step, step) the inverses of the upper triangular blocks on the diagonal of (d, d) `factor`."""
+    count = len(factor) // step
+    blocks = factor.contiguous().as_strided((count, step, step), (step * (len(factor) + 1), len(factor), 1))
+    return torch.linalg.solve_triangular(blocks, torch.eye(step).to(factor).expand_as(blocks), upper=True)

@@ -39,8 +39,11 @@ def cheapest_counts(prices: Sequence[Tensor], costs: Sequence[int], remove: int,
     return counts
 
 
-def rounded_widths(wanted: Mapping[int, float], counts: Mapping[int, int], multiple: int = 1) -> dict[int, int]:
-    """Whole widths, multiples of `multiple`, whose sum is as near to that of `wanted` as multiples allow.
+def rounded_widths(
+    wanted: Mapping[int, float], counts: Mapping[int, int], multiple: int | Mapping[int, int] = 1
+) -> dict[int, int]:
+    """Whole widths, multiples of `multiple` (one for all, or each block's own), whose sum is as near to that of `wanted` as
+    multiples allow.
 
     Rounding is by largest remainder, among equals by index. What is to stay whole, and what is narrower than the multiple,
     need be no multiple.
@@ -49,7 +52,8 @@ def rounded_widths(wanted: Mapping[int, float], counts: Mapping[int, int], multi
         wanted: widths by block, not whole.
         counts: how many units there are; at least one stays.
     """
-    steps = {block: multiple if counts[block] >= multiple else 1 for block in wanted}
+    own = dict.fromkeys(wanted, multiple) if isinstance(multiple, int) else multiple
+    steps = {block: own[block] if counts[block] >= own[block] else 1 for block in wanted}
     fixed = {block: counts[block] for block, width in wanted.items() if width >= counts[block]}
     free = {block: width for block, width in wanted.items() if block not in fixed}
     most = {block: counts[block] // steps[block] for block in free}

@@ -37,6 +37,7 @@ from secateur.tensor.products import linear
     when="after training",
     speedup="universal",
     axes=("heads", "neurons"),
+    scores=False,
 )
 def fold(
     units: Units,

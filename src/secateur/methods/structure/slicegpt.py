@@ -9,8 +9,9 @@ are no shortcut matrices and the result is an ordinary model; it must lose more 
 As in the paper: scales of norms move into the matrices that read them, and a token counts by its direction (each is divided
 by its root mean square); norms go on dividing by all h channels, here by a constant √(h/d) in their scales. Embedding and
 head of a tied model are two matrices afterwards. Not taken over: the damping, which moves no eigenvector; statistics from
-behind layers that are cut already; a further random rotation of what stays, which changes nothing before quantization. The
-first four tokens of a sequence do not count (calibration.skip). Only networks with RMSNorm.
+behind layers that are cut already; widths rounded down to a multiple of 8 (here to the nearest of `multiple_of`); a further
+random rotation of what stays, which changes nothing before quantization. The first four tokens of a sequence do not count
+(calibration.skip). Only networks with RMSNorm.
 """
 
 from typing import Annotated, Literal

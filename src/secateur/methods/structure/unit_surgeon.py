@@ -27,6 +27,7 @@ from secateur.tensor.elimination import eliminate_units
     when="after training",
     speedup="universal",
     axes=("heads", "neurons"),
+    scores=False,
 )
 def unit_surgeon(
     units: Units,

@@ -31,6 +31,7 @@ from secateur.registry import Cut, SyntheticGram, Units, method
     when="after training",
     speedup="universal",
     axes=("neurons",),
+    scores=False,
 )
 def zipf_surgeon(
     units: Units,

@@ -2,8 +2,9 @@
 
 Reads one JSON object per line from standard input: {"location", "gguf", "ids", "dtype", "threads", "trust_remote_code",
 "logits", "decode"}; loads the model, runs it on `ids`, writes the logits to the file `logits` when one is named, goes on
-with `decode` tokens where it has a cache, and answers each with one line of JSON: {"class", "parameters", "baseline", "peak",
-"phases"}, or {"error"}. "phases" has the peak of each phase ("loading", "prefill", "decode") where the system can tell.
+with `decode` tokens where it has a cache, and answers each with one line of JSON: {"class", "parameters", "baseline",
+"peak", "phases"}, or {"error"}. "phases" has the peak of each phase ("loading", "prefill", "decode") where the system can
+tell them apart.
 """
 
 import json

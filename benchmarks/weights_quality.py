@@ -6,8 +6,8 @@
 
 Float32; a seed draws the calibration windows. Perplexity on the first windows of 1024 tokens. Errors: what a matrix's output
 changes by, squared, relative to it, the mean over all matrices, on rows of the calibration tokens and of held-out ones, in
-the pruned network's own inputs. With --allocations: Wanda with the same number of weights divided among the blocks in
-three ways, AlphaPruning's the other way round among them, which should be worst if its reasons hold.
+the pruned network's own inputs. With --allocations: Wanda with the same number of weights divided in four ways,
+AlphaPruning's the other way round among them, which should be worst if its reasons hold.
 """
 
 import argparse
@@ -46,6 +46,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 ALLOCATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "Wanda, uniform": ("wanda", {}),
     "Wanda, AlphaPruning": ("wanda", {"allocation": {"alphapruning": {"epsilon": 0.2}}}),
+    "Wanda, divergent tokens": ("wanda", {"allocation": "divergent_tokens"}),
     "Wanda, AlphaPruning reversed": ("wanda", {"allocation": {"alphapruning_reversed": {"epsilon": 0.2}}}),
 }
 

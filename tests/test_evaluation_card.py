@@ -169,6 +169,7 @@ def test_memory_is_that_of_the_clean_process_and_disk_that_of_the_weights(saved)
     assert found.baseline < found.peak < ballast.nbytes
     assert 0.8 * size < found.peak - found.baseline < 5 * size
     assert found.tokens == 64, "no more than the model's positions"
+    assert found.decode is None and found.decoded == 0, "and none are left to write at"
 
 
 def test_a_damaged_model_is_refused_before_a_clean_process_starts(saved, tmp_path):

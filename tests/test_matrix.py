@@ -41,6 +41,7 @@ QUICK = {
     "bonsai": {"submodels": 4, "sequences": 1, "prior_sequences": 1, "per_round": 0.1},
     "minitron": {"multiple_of": 16},
     "slicegpt": {"multiple_of": 16},
+    "divergent_tokens": {"prompts": 3, "prompt": 4, "continuation": 6, "levels": [0.3, 0.6, 0.9]},
 }
 WIDTH = 128  # of 160, at ratio 0.2, a multiple of 32
 CHANNELS = 48  # of 64, a multiple of 16

@@ -122,9 +122,10 @@ class BlockStage(Stage):
     def _prepare(self) -> None:
         self._done = {entry["block"] for entry in Journal(self.state).entries() if "block" in entry}
         self._decide()
-        if self.solver.calibrated:
+        if self.step.calibrated:
             samples = self._samples()
             self.notes["calibration"] = samples.describe()
+        if self.solver.calibrated:
             self._learn(samples)
             if self.solver.statistics:
                 self._passes = self._passes_of(samples)

@@ -117,7 +117,14 @@ def evaluate(
     device: Annotated[str, typer.Option(help="Where it is measured.")] = "cpu",
     speed: Annotated[bool, typer.Option(help="Measure tokens a second.")] = True,
     pairs: Annotated[int, typer.Option(help="Interleaved pairs of speed measurements.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of self-written text.")] = 0,
+    prefill: Annotated[list[int] | None, typer.Option(help="Tokens read at once for speed; may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences at once for speed; may be repeated.")] = None,
+    decode: Annotated[int, typer.Option(help="Tokens written one by one for speed; 0 for none.")] = 32,
+    divergent: Annotated[bool, typer.Option("--divergent", help="How far greedy texts of both go along.")] = False,
+    prompts: Annotated[int, typer.Option(help="Prompts for --divergent, from the text or self-written.")] = 64,
+    prompt_length: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
+    continuation: Annotated[int, typer.Option(help="Tokens that each prompt is gone on with.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of self-written text and prompts, and of speed's tokens.")] = 0,
     json_: Annotated[str | None, typer.Option("--json", help="Write the card as JSON to FILE, or - for here.")] = None,
     trust_remote_code: Trust = False,
     log_level: LogLevel = "warning",
@@ -126,12 +133,14 @@ def evaluate(
 ) -> None:
     """Measures MODEL: size, memory, speed, perplexity, and its divergence from a reference."""
     with _told(log_level, debug):
+        from secateur.evaluation import Continuations, render, write_json
         from secateur.evaluation import evaluate as run
-        from secateur.evaluation import render, write_json
 
+        written = Continuations(prompts, prompt_length, continuation)
         card = run(
             model, reference, text=text, window=window, windows=windows, dtype=dtype, device=device, speed=speed,
-            pairs=pairs, seed=seed, trust_remote_code=trust_remote_code, progress=_progress(quiet),
+            pairs=pairs, prefill=prefill, batch=batch or 1, decode=decode, divergent=divergent and written, seed=seed,
+            trust_remote_code=trust_remote_code, progress=_progress(quiet),
         )  # fmt: skip
         if json_ != "-":
             console.print(render(card))

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from secateur.calibration.activations import Activations
+from secateur.calibration.divergence_trials import DivergenceTrials
 from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
@@ -58,6 +59,10 @@ def _other(*scopes: str) -> Callable[[Any], Any]:
 
         [(name, parameters)] = value.items()
         found = find(str(name))
+        if "widths" in scopes and DivergenceTrials in found.needs.values():
+            raise ValueError(
+                f"{name} tries what single weights are worth; for units name equal_error, flap_search or alphapruning"
+            )
         if found.scope not in scopes:
             wanted = {"matrices": "an allocation", "units": "a method that chooses units block by block"}.get(
                 scopes[0], "a method that zeroes single weights"
@@ -254,6 +259,13 @@ NEEDS: dict[type, Need] = {
         "the loss with any units silent (forward passes, the whole model in memory as it is stored)",
         _TEXT,
         beside=(Network,),
+    ),
+    DivergenceTrials: Need(
+        "any",
+        (),
+        "how soon greedy text leaves the dense network's when matrices lose weights (the whole model in memory)",
+        _TEXT,
+        beside=(Matrices,),
     ),
     UnitGradients: Need(
         "any",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from secateur.calibration.activations import Activations
+from secateur.calibration.divergence_trials import DivergenceTrials
 from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
@@ -22,6 +23,7 @@ from secateur.calibration.statistics import CrossGram, Gram
 from secateur.calibration.stream_moment import StreamMoment
 from secateur.calibration.synthetic import SyntheticGram
 from secateur.context import silent
+from secateur.evaluation.divergent import LOGITS
 from secateur.network.blocks import lacking
 from secateur.network.channels import find_channels
 from secateur.network.depth import blocks_to_remove
@@ -320,7 +322,12 @@ class _Pruning:
         if solver.gradients:
             disk += 4 * whole
             memory = max(memory, 4 * source.anatomy.parameters + 8 * whole)
-        if solver.calibrated and wishes.data == SELF:
+        if (method := divider(step)) and DivergenceTrials in method.needs.values():
+            # the model in the dtype of the passes, and the logits of a few texts
+            held = getattr(torch, wishes.dtype).itemsize * source.anatomy.parameters
+            memory = max(memory, held + 4 * LOGITS + 4 * ACTIVATION_BYTES)
+            disk += 8 * (wishes.length or LENGTH) * (wishes.count + wishes.held_out_count)
+        if step.calibrated and wishes.data == SELF:
             memory = max(memory, 4 * source.anatomy.parameters)
         return cls(sum(budget.weights for budget in budgets.values()), of, len(budgets), disk, memory)
 

@@ -13,7 +13,7 @@ from secateur.calibration.samples import SELF, Calibration, read_entries
 from secateur.contract import COMMON, NEEDS
 from secateur.errors import RequestError, suggest
 from secateur.files import sha256
-from secateur.registry import ErrorCurves, Method, find, message
+from secateur.registry import Method, find, message
 from secateur.solving import Solver
 
 
@@ -36,13 +36,14 @@ class Step(BaseModel):
             return any(NEEDS[need].data for need in self.registered.asked(self.parameters).values())
         if self.registered.scope not in ("weight", "units"):
             return False
-        return Solver.of(self.registered, self.parameters).calibrated or self._compares_errors
+        return Solver.of(self.registered, self.parameters).calibrated or self._divides_by_text
 
     @property
-    def _compares_errors(self) -> bool:
+    def _divides_by_text(self) -> bool:
         """Whether its allocation reads text, whatever its method does."""
         divider = next(iter(self.parameters.get("allocation") or ()), None)
-        return divider is not None and ErrorCurves in find(divider).needs.values()
+        needs = [NEEDS[need] for need in find(divider).needs.values()] if divider else []
+        return any(need.scope == "any" and need.data for need in needs)
 
     def plain(self) -> dict[str, Any]:
         """As it is written in a recipe: {method: {parameter: value}}, in plain data."""
@@ -50,13 +51,14 @@ class Step(BaseModel):
 
 
 class Evaluate(BaseModel):
-    """What the result card measures after the run."""
+    """What the result card measures after the run. divergent: divergent tokens too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: Path | None = None
     window: int | None = None
     windows: int | None = None
+    divergent: bool = False
 
 
 class Recipe(BaseModel):

@@ -21,6 +21,7 @@ import pydantic
 from pydantic import BeforeValidator
 
 from secateur.calibration.activations import Activations
+from secateur.calibration.divergence_trials import DivergenceTrials
 from secateur.calibration.evaluator import Evaluator
 from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
@@ -59,6 +60,7 @@ __all__ = [
     "Context",
     "CrossGram",
     "Cut",
+    "DivergenceTrials",
     "ErrorCurves",
     "Evaluator",
     "Flow",

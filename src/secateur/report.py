@@ -52,6 +52,7 @@ def measure(
             text=options.text,
             window=options.window,
             windows=options.windows,
+            divergent=options.divergent and original.live is None,
             trust_remote_code=original.trust_remote_code,
             progress=progress,
         )

@@ -1,18 +1,20 @@
 """Which matrices a step prunes, and how many weights each of them loses."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from secateur.calibration.divergence_trials import DivergenceTrials
 from secateur.context import Context, barrier, processes
 from secateur.errors import RequestError, suggest
 from secateur.files import write_json
 from secateur.network.matrices import MatrixRef, matrices, view
 from secateur.network.source import Source
-from secateur.network.views import Matrices, Weight
+from secateur.network.views import Allocation, Matrices, Weight
 from secateur.recipe import Step
 from secateur.registry import find
 from secateur.solving import Solver
@@ -92,10 +94,13 @@ def budgets(
     context: Context,
     state: Path,
     device: str = "cpu",
+    trials: Callable[[], DivergenceTrials] | None = None,
 ) -> dict[str, Budget]:
     """How many weights each matrix loses: alike, or as the step's allocation divides them.
 
     Decided once, then read from the state; `context` has the allocation's notes either way.
+
+    trials: gives the trials of an allocation that asks for them, in all processes, which share them.
     """
     pattern = Pattern.parse(step.parameters["pattern"])
     alike = uniform(refs, pattern)
@@ -104,9 +109,10 @@ def budgets(
     path = state / "budgets.json"
     made = path.exists()
     barrier()
-    if not made and processes()[0] == 0:
-        [(name, parameters)] = step.parameters["allocation"].items()
-        method = find(name)
+    [(name, parameters)] = step.parameters["allocation"].items()
+    method = find(name)
+    asked = DivergenceTrials in method.needs.values()
+    if not made and (asked or processes()[0] == 0):
 
         def maker(ref: MatrixRef) -> Weight:
             def read() -> torch.Tensor:
@@ -118,14 +124,22 @@ def budgets(
         total = sum(budget.remove for budget in alike.values())
         units = [budget.units for budget in alike.values()]
         network = Matrices(each, total, units)
-        given = {key: network if need is Matrices else context for key, need in method.needs.items()}
-        found = method.function(**given, **Solver.of(method, parameters).parameters).remove
+        given: dict[type, Any] = {Matrices: network, Context: context}
+        if asked:
+            assert trials is not None, "who prunes weights gives them"
+            given[DivergenceTrials] = trials()
+        arguments = {key: given[need] for key, need in method.needs.items()}
+        said: Allocation = method.function(**arguments, **Solver.of(method, parameters).parameters)
+        found = said.remove
         fits = set(found) == set(alike) and all(0 <= found[key] <= alike[key].units for key in alike)
-        if not fits or sum(found.values()) != total:
+        if not fits or sum(found.values()) > total or (sum(found.values()) < total and not said.short):
             raise RequestError(
                 f"{name} divides {sum(found.values())} of {total} weights, or gives a matrix more than it has; report this."
             )
-        write_json(path, {"remove": dict(found), "notes": context.notes, "warnings": context.warnings})
+        if said.short:
+            context.warn(said.short)
+        if processes()[0] == 0:
+            write_json(path, {"remove": dict(found), "notes": context.notes, "warnings": context.warnings})
     barrier()
     told = json.loads(path.read_text())
     context.notes, context.warnings = told["notes"], told["warnings"]

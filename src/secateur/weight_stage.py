@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from secateur.block_stage import BlockStage, Loaded, errors
+from secateur.calibration.divergence_trials import DivergenceTrials, RehearsedTrials
 from secateur.calibration.gradients import learn_gradients, pretend_gradients, read_gradients
 from secateur.calibration.passes import Rows
 from secateur.calibration.samples import Samples
@@ -30,7 +31,7 @@ from secateur.network.views import Mask, Update, Weight
 from secateur.solving import relative_error, zero_where_removed
 from secateur.targets import budgets, chosen
 from secateur.tensor.casting import narrowed
-from secateur.tensor.patterns import Budget
+from secateur.tensor.patterns import Budget, Pattern
 
 ROWS = 256  # of a matrix put in its place at once
 
@@ -44,6 +45,8 @@ class WeightStage(BlockStage):
         self.matrices: dict[str, dict[str, Any]] = {}
         self._budgets: dict[str, Budget] = {}
         self._masks_of: dict[int, dict[str, PackedMask]] = {}
+        self._rehearses = False
+        self._rehearsed: RehearsedTrials | None = None
 
     def _refs(self) -> dict[int, list[MatrixRef]]:
         return chosen(self.source, self.step.parameters["targets"])
@@ -102,7 +105,9 @@ class WeightStage(BlockStage):
                 ref.parameter: self.source.skeleton.get_parameter(ref.parameter).shape for ref in self.refs.get(0, [])
             }
             pretend_gradients(self.state / "gradients", first, shapes)
-        return super().seconds()
+        self._rehearses = True
+        one = super().seconds()
+        return one + (self._rehearsed.seconds if self._rehearsed else 0.0)
 
     def decided(self) -> dict[str, Any]:
         return {"matrices": self.matrices}
@@ -122,9 +127,36 @@ class WeightStage(BlockStage):
 
     def _decide(self) -> None:
         allocation = self._context("allocation")
-        self._budgets = budgets(self.source, self.step, self.refs, allocation, self.state, self.device)
+        self._budgets = budgets(
+            self.source, self.step, self.refs, allocation, self.state, self.device, lambda: self._trials(allocation)
+        )
         self.notes |= allocation.notes
         self.warnings += allocation.warnings
+
+    def _trials(self, context: Context) -> DivergenceTrials:
+        """What an allocation tries, by this step's method where that reads no more of inputs than sums of columns."""
+        cheap = not self.solver.gradients and not any(
+            {"gram", "cross"} & kind.wants  # type: ignore[attr-defined]
+            for kind in self.solver.statistics
+        )
+        pattern = Pattern.parse(self.step.parameters["pattern"])
+
+        def prune(ref: MatrixRef, matrix: Tensor, remove: int, seen: Statistics) -> Tensor:
+            weight = Weight(ref.name, ref.block, ref.expert, (ref.rows, ref.columns), lambda: matrix)
+            budget = Budget(pattern, remove, (ref.rows, ref.columns))
+            # of a matrix that no token has reached, too, nothing is known
+            if not cheap or (self.solver.statistics and not seen.tokens):
+                return self.solver.fall_back(weight, budget).kept
+            return self.solver.solve(weight, budget, seen, None, context).kept
+
+        refs = [ref for block in self.refs.values() for ref in block]
+        kinds = self.solver.statistics if cheap else set()
+        dtype = self.calibration.dtype
+        if self._rehearses:
+            nothing = Samples([], [], "nothing")
+            self._rehearsed = RehearsedTrials(self.source, nothing, refs, prune, kinds, dtype, self.device)
+            return self._rehearsed
+        return DivergenceTrials(self.source, self._samples(), refs, prune, kinds, dtype, self.device)
 
     def _learn(self, samples: Samples) -> None:
         if self.solver.gradients:

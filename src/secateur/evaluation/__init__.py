@@ -3,17 +3,22 @@
 from secateur.evaluation.arithmetic import multiply_adds, parameters
 from secateur.evaluation.card import ResultCard, write_json
 from secateur.evaluation.divergence import Comparison, Divergence, compare, divergence
+from secateur.evaluation.divergent import Continuations, DivergentTokens, divergent_tokens
+from secateur.evaluation.energy import Meter
 from secateur.evaluation.measure import evaluate
 from secateur.evaluation.memory import Memory, bytes_on_disk, memory
 from secateur.evaluation.perplexity import Perplexity, Protocol, perplexity
-from secateur.evaluation.speed import Pace, Speed, Spread, speed
+from secateur.evaluation.speed import Pace, Speed, Spread, speed, speeds
 from secateur.evaluation.table import render
 from secateur.evaluation.text import Tokens, check_same_tokenizer, read_text, self_written, tokenize
 
 __all__ = [
     "Comparison",
+    "Continuations",
     "Divergence",
+    "DivergentTokens",
     "Memory",
+    "Meter",
     "Pace",
     "Perplexity",
     "Protocol",
@@ -25,6 +30,7 @@ __all__ = [
     "check_same_tokenizer",
     "compare",
     "divergence",
+    "divergent_tokens",
     "evaluate",
     "memory",
     "multiply_adds",
@@ -34,6 +40,7 @@ __all__ = [
     "render",
     "self_written",
     "speed",
+    "speeds",
     "tokenize",
     "write_json",
 ]

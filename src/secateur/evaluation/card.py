@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from secateur.errors import RequestError
 from secateur.evaluation.divergence import Divergence
+from secateur.evaluation.divergent import DivergentTokens
 from secateur.evaluation.memory import Memory
 from secateur.evaluation.perplexity import Perplexity
 from secateur.evaluation.speed import Pace, Speed
@@ -31,7 +32,9 @@ class Column(BaseModel):
 
 
 class ResultCard(BaseModel):
-    """All figures of one evaluation; divergence and speed.*.gain compare with the reference.
+    """All figures of one evaluation; divergence, divergent and speed.*.gain compare with the reference.
+
+    more_speed: in further settings than the first, which is `speed`.
 
     expected_gain: multiply-adds of the reference over those of the model, minus 1: what prefill would gain if time were
     arithmetic alone. notes: sentences that a reader of the figures must know. versions: of the libraries that computed
@@ -44,7 +47,9 @@ class ResultCard(BaseModel):
     model: Column
     reference: Column | None = None
     divergence: Divergence | None = None
+    divergent: DivergentTokens | None = None
     speed: Speed | None = None
+    more_speed: tuple[Speed, ...] = ()
     expected_gain: float | None = None
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = {}

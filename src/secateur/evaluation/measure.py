@@ -14,11 +14,12 @@ from secateur.errors import RequestError, suggest
 from secateur.evaluation.arithmetic import multiply_adds, parameters
 from secateur.evaluation.card import Column, ResultCard, findings
 from secateur.evaluation.divergence import Divergence, compare
+from secateur.evaluation.divergent import Continuations, DivergentTokens, divergent_tokens
+from secateur.evaluation.energy import Meter
 from secateur.evaluation.forward import check_length, maximum_positions
 from secateur.evaluation.memory import Memory, bytes_on_disk, memory
 from secateur.evaluation.perplexity import Perplexity, perplexity
-from secateur.evaluation.speed import PREFILL
-from secateur.evaluation.speed import speed as measure_speed
+from secateur.evaluation.speed import PREFILL, speeds
 from secateur.evaluation.text import Tokens, check_same_tokenizer, one_cut_from_other, read_text, self_written, tokenize
 from secateur.network.locate import locate
 from secateur.network.source import check_device, load, open_model
@@ -56,8 +57,10 @@ def evaluate(
     device: str = "cpu",
     speed: bool = True,
     pairs: int = 10,
-    prefill: int | None = None,
+    prefill: int | Sequence[int] | None = None,
+    batch: int | Sequence[int] = 1,
     decode: int = 32,
+    divergent: bool | Continuations = False,
     seed: int = 0,
     trust_remote_code: bool = False,
     progress: Progress = silent,
@@ -69,8 +72,10 @@ def evaluate(
     divergence is measured on text that the reference writes itself, and there is no perplexity. window: tokens read at
     once, by default 1024 (256 on self-written text) or the models' positions if those are fewer. windows: how many of
     the first windows, by default all of the text (4 that the reference writes). speed: whether to measure it; pairs,
-    prefill, decode: as in `speed`. dtype, device: what a MODEL is loaded as; live modules stay as they are. seed: of
-    the self-written text and of the tokens that speed is measured on. progress: opens a bar for a label and a total.
+    prefill, batch, decode: as in `speeds`, one number or several. divergent: whether to measure divergent tokens too, or
+    with which `Continuations`; their prompts are cut from the text, or written by the reference. dtype, device: what a MODEL
+    is loaded as; live modules stay as they are. seed: of the self-written text and of the tokens that speed is measured on.
+    progress: opens a bar for a label and a total.
 
     Where one vocabulary was cut from the other there is no divergence, and perplexities come with bits per byte.
 
@@ -81,6 +86,10 @@ def evaluate(
     if dtype not in DTYPES:
         raise RequestError(f"The dtype {dtype!r} is not one of {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}")
     check_device(device)
+    if divergent and reference is None:
+        raise RequestError(
+            "divergent tokens compare with a reference; name the model it was made from with --reference."
+        )
     specs = [model] if reference is None else [model, reference]
     for spec in specs:
         if not isinstance(spec, tuple):
@@ -97,17 +106,21 @@ def evaluate(
     shift: Divergence | None = None
     qualities: list[Perplexity | None] = [None] * len(opened)
     if text is not None and content is not None:
-        name = "/".join(Path(text).parts[-2:])
-        shift, qualities = _on_text(opened, content, name, window, windows, progress, alike)
+        shift, qualities = _on_text(opened, content, _name(text), window, windows, progress, alike)
     elif len(opened) == 2 and alike:
         shift = _on_written(opened, window, windows, seed, progress)
+    apart = _divergent(opened, content, text, divergent, seed, progress, alike) if divergent else None
     modules = [each.module for each in opened]
+    lengths, batches = _several(prefill), _several(batch)
     timed = (
-        measure_speed(*modules, prefill=prefill, decode=decode, pairs=pairs, seed=seed, progress=progress)
+        speeds(
+            *modules, prefill=lengths, batch=batches, decode=decode, pairs=pairs, seed=seed, meter=Meter.find(),
+            progress=progress,
+        )
         if speed
-        else None
-    )
-    counted = timed.prefill.tokens if timed else _within(prefill or PREFILL, modules)
+        else ()
+    )  # fmt: skip
+    counted = timed[0].prefill.tokens if timed else _within(lengths[0] if lengths else PREFILL, modules)
     columns = [
         Column(
             name=each.name,
@@ -125,12 +138,45 @@ def evaluate(
         model=columns[0],
         reference=columns[1] if len(columns) == 2 else None,
         divergence=shift,
-        speed=timed,
+        divergent=apart,
+        speed=timed[0] if timed else None,
+        more_speed=timed[1:],
         expected_gain=columns[1].multiply_adds / columns[0].multiply_adds - 1 if len(columns) == 2 else None,
         versions=_versions(),
     )
     said = () if alike else (_OTHER_TOKENS + (_BY_BYTE if content is not None else _NO_TEXT),)
     return card.model_copy(update={"notes": said + findings(card)})
+
+
+def _several(wanted: int | Sequence[int] | None) -> list[int]:
+    return [wanted] if isinstance(wanted, int) else list(wanted or ())
+
+
+def _divergent(
+    opened: Sequence[_Opened],
+    content: str | None,
+    text: str | Path | None,
+    wanted: bool | Continuations,
+    seed: int,
+    progress: Progress,
+    alike: bool,
+) -> DivergentTokens:
+    ours, theirs = opened
+    if not alike:
+        raise RequestError(
+            "Divergent tokens compare token by token, and the vocabularies differ; leave --divergent out."
+        )
+    written = wanted if isinstance(wanted, Continuations) else Continuations()
+    if content is not None:
+        tokens = _tokens(theirs, content, _name(text))
+    else:
+        tokens = _written(theirs, written.prompts, written.prompt, seed, progress)
+    return divergent_tokens(ours.module, theirs.module, tokens, written=written, progress=progress)
+
+
+def _name(text: str | Path | None) -> str:
+    """What a text is called on the card: where it stands on this machine is nobody's business elsewhere."""
+    return "/".join(Path(text or "").parts[-2:])
 
 
 def _memory(spec: Model, dtype: str, trust_remote_code: bool) -> Memory | None:
@@ -184,11 +230,15 @@ def _on_written(
     ours, theirs = opened
     length = window if window is not None else _within(WRITTEN_WINDOW, [ours.module, theirs.module])
     check_length(ours.module, length, "A window")
-    if theirs.tokenizer is None:
-        raise RequestError(f"{theirs.name} has no tokenizer, so it cannot write text; add its tokenizer files.")
     count = windows if windows is not None else WRITTEN_WINDOWS
-    tokens = self_written(theirs.module, theirs.tokenizer, sequences=count, length=length, seed=seed, progress=progress)
+    tokens = _written(theirs, count, length, seed, progress)
     return compare(ours.module, theirs.module, tokens, window=length, progress=progress).divergence
+
+
+def _written(opened: _Opened, count: int, length: int, seed: int, progress: Progress) -> Tokens:
+    if opened.tokenizer is None:
+        raise RequestError(f"{opened.name} has no tokenizer, so it cannot write text; add its tokenizer files.")
+    return self_written(opened.module, opened.tokenizer, sequences=count, length=length, seed=seed, progress=progress)
 
 
 def _within(tokens: int, models: Sequence[nn.Module]) -> int:

@@ -9,10 +9,17 @@ from secateur.network.locate import Place, locate
 from secateur.network.source import open_model
 from secateur.network.verify import CleanProcess
 
+DECODED = 16  # tokens written behind those that are read
+
 
 class Memory(BaseModel):
     """peak: highest resident memory in bytes of a process that loads the model with plain transformers on the CPU and
-    reads `tokens` tokens at once. baseline: what that process held before loading (torch and transformers)."""
+    reads `tokens` tokens at once. baseline: what that process held before loading (torch and transformers).
+
+    loading, prefill, decode: the highest of each phase alone, all that was there before it included: loading, reading those
+    tokens, and going on with `decoded` more behind them, one by one. None where the system cannot tell phases apart (it can
+    on Linux), and for decoding where the model keeps no cache or has no positions left.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -20,6 +27,10 @@ class Memory(BaseModel):
     baseline: int
     tokens: int
     dtype: str
+    loading: int | None = None
+    prefill: int | None = None
+    decode: int | None = None
+    decoded: int = 0
 
 
 def weight_files(place: Place) -> tuple[Path, ...]:
@@ -49,7 +60,9 @@ def memory(spec: str | Path, *, tokens: int = 512, dtype: str = "float32", trust
     """
     source = open_model(spec, trust_remote_code=trust_remote_code)
     config = source.config.get_text_config()
-    count = min(tokens, getattr(config, "max_position_embeddings", None) or tokens)
+    positions = getattr(config, "max_position_embeddings", None)
+    count = min(tokens, positions or tokens)
+    room = DECODED if positions is None else min(DECODED, positions - count)
     ids = [[token % config.vocab_size for token in range(count)]]
     file = source.place.file
     with CleanProcess() as process:
@@ -59,5 +72,14 @@ def memory(spec: str | Path, *, tokens: int = 512, dtype: str = "float32", trust
             dtype=dtype,
             gguf=file and file.name,
             trust_remote_code=source.trust_remote_code,
+            decode=room,
         )
-    return Memory(peak=answer["peak"], baseline=answer["baseline"], tokens=count, dtype=dtype)
+    phases = answer["phases"]
+    return Memory(
+        peak=answer["peak"],
+        baseline=answer["baseline"],
+        tokens=count,
+        dtype=dtype,
+        **phases,
+        decoded=room if "decode" in phases else 0,
+    )

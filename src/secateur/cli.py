@@ -147,10 +147,13 @@ def compare(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value for all; STEP.key=value for those that have it.")
     ] = None,
-    grid: Annotated[list[str] | None, typer.Option(help="key=value,value: a row for each; several are combined.")] = None,
+    grid: Annotated[
+        list[str] | None, typer.Option(help="key=value,value: a row for each; several are combined.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Directory for the table and the results.")] = None,
     budget: Annotated[
-        str | None, typer.Option(help="parameters=, multiply_adds= or bytes=: a fraction that stays, or a number, for all.")
+        str | None,
+        typer.Option(help="parameters=, multiply_adds= or bytes=: a fraction that stays, or a number, for all."),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="By which fraction a result may miss the budget.")] = 0.01,
     keep: Annotated[str, typer.Option(help="Which results stay on disk: all, front or none.")] = "all",
@@ -158,12 +161,16 @@ def compare(
     calibration: Annotated[str | None, typer.Option(help="As for compress, for all that learn from text.")] = None,
     samples: Annotated[int | None, typer.Option(help="How many calibration sequences.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of each.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text for perplexity; without one the model writes its own.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text for perplexity; without one the model writes its own.")
+    ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="How many windows of that text; default all.")] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="As for evaluate; once for each.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the results; default the source's own.")] = None,
     device: Annotated[str, typer.Option(help="Where tensors are computed.")] = "cpu",
-    max_memory: Annotated[str | None, typer.Option(help="What whole models may take when checked and measured.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="What whole models may take when checked and measured.")
+    ] = None,
     evaluate: Annotated[bool, typer.Option(help="Measure the results against the original.")] = True,
     pairs: Annotated[int, typer.Option(min=0, help="Interleaved pairs of speed measurements; 0 for none.")] = 10,
     trust_remote_code: Trust = False,

@@ -21,6 +21,7 @@ Measure = Literal["parameters", "multiply_adds", "bytes"]
 MEASURES: tuple[Measure, ...] = typing.get_args(Measure)
 TOLERANCE = 0.01
 _STEPS = 10_000  # ratios are tried in ten-thousandths
+_NEAR = 1e-4  # as good as exact: nobody looks for a nearer size than by a hundredth of a per cent
 _UNFORETOLD = "what it comes to is not known before the run"
 _ZEROS = (
     "it only zeroes weights, so the result is no smaller: compared at as many zeros as the others have parameters less"
@@ -46,7 +47,9 @@ class Budget:
         name, equals, value = text.partition("=")
         measure = name.strip().replace("-", "_")
         if not equals or measure not in MEASURES:
-            raise RequestError(f"--budget {text} is not of the form {'|'.join(MEASURES)}=NUMBER, such as parameters=0.8.")
+            raise RequestError(
+                f"--budget {text} is not of the form {'|'.join(MEASURES)}=NUMBER, such as parameters=0.8."
+            )
         try:
             amount = float(value)
             amount = amount if 0 < amount < 1 else float(count_of(value))
@@ -207,16 +210,31 @@ def _by_trying(recipe: Recipe, index: int, near: "_Near", blocks: int) -> tuple[
         return recipe.model_copy(update={"steps": steps})
 
     foreseen, note = told, ""
-    if near.size(told(0)) is None:
+    whole = near.size(told(0))
+    if whole is None:
         return recipe, _UNFORETOLD
-    if not counts and near.tried(told(0)) == near.tried(told(_STEPS // 2)):
-        foreseen, note = alike, "its widths follow from the run, so it is told what would do if all blocks came out alike"
-    low, high = 0, blocks if counts else _STEPS  # at `low` at least as much is left as wanted; at `high` less, or nothing
-    while high - low > 1:
-        middle = (low + high) // 2
+    if not counts and whole == near.tried(told(_STEPS // 2)):
+        foreseen, note = (
+            alike,
+            "its widths follow from the run, so it is told what would do if all blocks came out alike",
+        )
+    sizes: dict[int, int] = {0: whole}
+    # at `low` at least as much is left as wanted; at `high` less, or nothing
+    low, high, halve = 0, blocks if counts else _STEPS, False
+    while high - low > 1 and min(abs(found - near.wanted) for found in sizes.values()) > _NEAR * near.wanted:
+        # sizes fall almost evenly: mostly the place on the line between both ends is near, and every other time the middle
+        # is taken, so that steps in between cost no more than halving twice
+        share = 0.5 if halve else (sizes[low] - near.wanted) / max(sizes[low] - sizes.get(high, 0), 1)
+        middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
         found = near.tried(foreseen(middle))
-        low, high = (middle, high) if found is not None and found >= near.wanted else (low, middle)
-    sizes = {tried: found for tried in (low, high) if (found := near.tried(foreseen(tried))) is not None}
+        if found is not None:
+            sizes[middle] = found
+            low, high = (middle, high) if found >= near.wanted else (low, middle)
+        elif (
+            halve
+        ):  # too much; a place on the line may be one that only this width cannot be, as heads divide some alone
+            high = middle
+        halve = not halve
     return told(min(sizes, key=lambda tried: abs(sizes[tried] - near.wanted))), note
 
 

@@ -48,7 +48,9 @@ def entries(
     plain += [(method, Recipe.of(method, [])) for method in methods]
     for setting in [*settings, *grid]:
         if not any(_meant(setting, recipe) for _, recipe in plain):
-            raise RequestError(f"{setting}: no recipe has a step '{_where(setting)}', or learns from text; leave it out.")
+            raise RequestError(
+                f"{setting}: no recipe has a step '{_where(setting)}', or learns from text; leave it out."
+            )
     found = []
     for name, recipe in plain:
         own = [setting for setting in settings if _meant(setting, recipe)]
@@ -70,10 +72,11 @@ def checked(found: Sequence[Entry]) -> list[Entry]:
         raise RequestError("name at least one recipe to compare.")
     seen: dict[str, str] = {}
     for entry in found:
-        # some file systems do not tell capitals apart
-        if (other := seen.setdefault(entry.folder.lower(), entry.name)) is not entry.name:
-            alike = "two recipes are" if other == entry.name else f"'{other}' and another recipe are"
-            raise RequestError(f"{alike} called '{entry.name}', so their rows could not be told apart; rename one.")
+        folder = entry.folder.lower()  # some file systems do not tell capitals apart
+        if folder in seen:
+            alike = f"'{entry.name}'" if seen[folder] == entry.name else f"'{seen[folder]}' and '{entry.name}'"
+            raise RequestError(f"two recipes are called {alike}, so they could not be told apart; rename one.")
+        seen[folder] = entry.name
     return list(found)
 
 

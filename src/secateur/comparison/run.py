@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -37,7 +37,7 @@ from secateur.unit_budgets import tokens_counted
 from secateur.workspace import RECEIPT
 
 logger = logging.getLogger(__name__)
-Keep = Literal["all", "front", "none"]
+KEEP = ("all", "front", "none")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def compare(
     window: int | None = None,
     windows: int | None = None,
     tasks: Sequence[str] = (),
-    keep: Keep = "all",
+    keep: str = "all",
     dtype: str | None = None,
     device: str = "cpu",
     max_memory: int | None = None,
@@ -100,7 +100,7 @@ def compare(
     found = measured_alike(checked(named), {key: value for key, value in asked.items() if value is not None})
     for entry in found:
         entry.recipe.check_files()
-    if keep not in ("all", "front", "none"):
+    if keep not in KEEP:
         raise RequestError(f"keep={keep} is none of all, front and none.")
     if len(set(seeds)) != len(seeds):
         raise RequestError("a seed is named twice; each gives one run, so name it once.")
@@ -137,7 +137,7 @@ class _Comparison:
     output: Path
     budget: Budget | None
     seeds: tuple[int, ...]
-    keep: Keep
+    keep: str
     dtype: str | None
     device: str
     max_memory: int
@@ -160,7 +160,9 @@ class _Comparison:
             self.budget.wanted(whole(self.source, self.entries[0].recipe, self.budget.measure))
         runs = self._runs()
         before = read_json(self.output / TABLE) if found == "finished" else {}
-        known = {told["run"]: told for row in before.get("rows", ()) for told in row["seeds"] if told["status"] != "failed"}
+        known = {
+            told["run"]: told for row in before.get("rows", ()) for told in row["seeds"] if told["status"] != "failed"
+        }
         barrier()  # nobody writes before everybody has looked
         if found == "finished" and len(known) == len(runs):
             if processes()[0] == 0:
@@ -193,8 +195,8 @@ class _Comparison:
         rows = summary["rows"]
         if not any(row["status"] == "done" for row in rows):
             raise RunError(
-                f"none of {len(rows)} recipes gave a result, the first because: {rows[0]['error']} {self.output / TABLE} says "
-                "why of each."
+                f"none of {len(rows)} recipes gave a result, the first because: {rows[0]['error']} {self.output / TABLE} "
+                "says why of each."
             )
         return Compared(self.output, summary)
 

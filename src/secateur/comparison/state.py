@@ -47,9 +47,7 @@ class State:
         left = [path.name for path in self.output.iterdir()]
         if left == [STATE] and {path.name for path in self.folder.iterdir()} <= {f"{_IDENTITY}.partial"}:
             return "fresh"  # killed between making the folder and saying whose it is
-        raise RequestError(
-            f"the output {self.output} is not empty and holds no comparison; name another directory."
-        )
+        raise RequestError(f"the output {self.output} is not empty and holds no comparison; name another directory.")
 
     def _same(self, found: Mapping[str, Any]) -> None:
         differs = [key for key, value in self.identity.items() if found.get(key) != value]

@@ -71,8 +71,8 @@ def row_of(name: str, runs: Sequence[dict[str, Any]], quality: Quality) -> dict[
         "error": f"seed {failed['seed']}: {failed['error']}" if failed and several else failed and failed["error"],
         "quality": _spread([value for value, _ in values], quality) if values else None,
     }
-    kept = ("run", "recipe", "achieved", "budget", "card", "not_measured", "seconds", "peak_memory", "cautions")
-    kept += ("result", "receipt")
+    kept = ["run", "recipe", "achieved", "budget", "card", "not_measured", "seconds", "peak_memory", "cautions"]
+    kept += ["result", "receipt"]
     return row | {key: shown.get(key) for key in kept} | {"seeds": list(runs), "fronts": []}
 
 

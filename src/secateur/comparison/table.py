@@ -116,7 +116,9 @@ def _sentences(summary: Mapping[str, Any], cards: list[ResultCard]) -> list[str]
     if any(row["quality"] and row["quality"]["runs"] > 1 for row in rows):
         lines.append("Several seeds: median (range); all other figures of a row are those of the run in the middle.")
     if summary["fronts"]:
-        lines.append("Best in: no other row is at least as good in quality and in that figure, and better in one of them.")
+        lines.append(
+            "Best in: no other row is at least as good in quality and in that figure, and better in one of them."
+        )
     return lines
 
 
@@ -146,7 +148,9 @@ def write_csv(path: Path, summary: Mapping[str, Any]) -> None:
     writer.writeheader()
     for row in summary["rows"]:
         card = card_of(row)
-        line: dict[str, Any] = {key: row[key] for key in ("name", "status", "error", "seconds", "peak_memory", "result")}
+        line: dict[str, Any] = {
+            key: row[key] for key in ("name", "status", "error", "seconds", "peak_memory", "result")
+        }
         line |= row["achieved"] or {}
         line["fronts"] = " ".join(row["fronts"])
         line["budget_missed"] = row["budget"]["missed"] if row["budget"] else None
@@ -154,7 +158,9 @@ def write_csv(path: Path, summary: Mapping[str, Any]) -> None:
             line |= {"quality": told["measure"], **{key: told[key] for key in ("median", "lower", "upper", "runs")}}
         if card:
             found = card.model.perplexity
-            line["perplexity"], line["bits_per_byte"] = (found.perplexity, found.bits_per_byte) if found else (None, None)
+            line["perplexity"], line["bits_per_byte"] = (
+                (found.perplexity, found.bits_per_byte) if found else (None, None)
+            )
             shift = card.divergence
             line["kl"], line["agreement"] = (shift.kl, shift.agreement) if shift else (None, None)
             for phase in ("prefill", "decode"):

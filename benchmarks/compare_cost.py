@@ -67,8 +67,8 @@ def main() -> None:
         ("one compare", f"{together.seconds:.1f} s", "", f"{together.seconds / apart:.2f} of the commands' time")
     )
     show(
-        f"{options.model}, calibration {options.calibration}, {options.samples} x {options.length} tokens, {options.windows} "
-        f"windows of {options.text.name}",
+        f"{options.model}, calibration {options.calibration}, {options.samples} x {options.length} tokens, "
+        f"{options.windows} windows of {options.text.name}",
         ("recipe", "time", "perplexity", "beside the command's"),
         lines,
     )

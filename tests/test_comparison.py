@@ -481,23 +481,39 @@ def test_a_model_with_a_broken_weight_is_refused_before_anything_stays(tmp_path:
     assert not (tmp_path / "new").exists()
 
 
+PROGRAM = """
+import secateur, secateur.evaluation.measure
+from secateur.evaluation.memory import Memory
+
+used = Memory(peak=2, baseline=1, tokens=8, dtype="float32")
+secateur.evaluation.measure.memory = lambda *_, **__: used
+recipes = {{name: secateur.Recipe.parse(recipe) for name, recipe in {recipes}.items()}}
+secateur.compare({model!r}, recipes, output={output!r}, windows=1, pairs=1)
+"""
+
+
 @pytest.mark.every
-def test_two_processes_share_the_runs_out(model: Make, calibration: Path, text: Path, tmp_path: Path) -> None:
+def test_two_processes_share_the_runs_out(model: Make, calibration: Path, quick: dict, tmp_path: Path) -> None:
     from test_distributed import torchrun
 
-    command_line = (
-        "compare", model("llama"), "--method", "flap", "--method", "random_units", "--method", "wanda_units",
-        "--calibration", calibration, "--samples", 6, "--length", 16, "--text", text, "--windows", 1, "--pairs", 1,
-    )  # fmt: skip
-    ended = torchrun("-m", "secateur", *command_line, "--output", tmp_path / "two")
+    learned = {"data": str(calibration), "samples": 6, "length": 16, "held_out": 2}
+    recipes: dict[str, dict[str, Any]] = {
+        "flap": {"steps": [{"flap": {}}], "calibration": learned},
+        "random": {"steps": [{"random_units": {}}]},
+        "experts": {"steps": [{"reap": {}}], "calibration": learned},
+    }
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(recipes=recipes, model=str(model("llama")), output=str(tmp_path / "two")))
+    ended = torchrun(program)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("3 recipes") == 1, "one process speaks for all"
-    alone = command.secateur(*command_line, "--output", tmp_path / "one")
-    assert alone.code == 0, alone
+    alone = {name: Recipe.parse(recipe) for name, recipe in recipes.items()}
+    secateur.compare(model("llama"), alone, output=tmp_path / "one", **quick)
     one, two = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("one", "two"))
     for first, second in zip(one["rows"], two["rows"], strict=True):
-        assert first["name"] == second["name"] and first["achieved"] == second["achieved"]
-        assert first["card"]["divergence"] == second["card"]["divergence"]
+        for key in ("name", "status", "error", "achieved"):
+            assert first[key] == second[key]
+        if first["card"]:
+            assert first["card"]["divergence"] == second["card"]["divergence"]
+            assert second["card"]["speed"]["pairs"] == 1
     assert outcome.promised(tmp_path / "one" / "runs") == outcome.promised(tmp_path / "two" / "runs")
-    wrong = torchrun("-m", "secateur", *command_line, "--output", tmp_path / "two", "--budget", "parameters=0.5")
-    assert wrong.returncode != 0 and wrong.stderr.count("another comparison") == 1
+    assert not (tmp_path / "two" / ".secateur").exists()

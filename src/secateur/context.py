@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 from secateur.errors import RunError, SecateurError
 from secateur.files import read_tensors, write_json, write_tensors
+
+logger = logging.getLogger(__name__)
 
 
 class Advance(Protocol):
@@ -37,6 +40,14 @@ Progress = Callable[[str, int], AbstractContextManager[Advance]]
 def silent(label: str, total: int) -> Iterator[Advance]:
     """Progress for nobody: where there is no terminal."""
     yield _Silent()
+
+
+def forget_peak() -> None:
+    """Lets the kernel count the highest resident memory of this process from now on; only Linux can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        logger.debug("the peak memory that is told includes what was done before")
 
 
 _apart = False

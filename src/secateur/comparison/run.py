@@ -21,7 +21,7 @@ from secateur.comparison.entries import Entry, checked, measured_alike
 from secateur.comparison.state import RUNS, TABLE, State
 from secateur.comparison.summary import card_of, common_quality, fronts_of, row_of
 from secateur.comparison.table import write_csv
-from secateur.context import Progress, alone, barrier, give_back_memory, process_group, processes, silent
+from secateur.context import Progress, alone, barrier, forget_peak, give_back_memory, process_group, processes, silent
 from secateur.errors import RequestError, RunError, SecateurError
 from secateur.evaluation import multiply_adds, speed
 from secateur.evaluation.measure import Opened, open_reference, with_speed
@@ -156,23 +156,20 @@ class _Comparison:
         check_output(self.output, self.source)
         self.state = State(self.output, self._identity())
         found = self.state.check()
-        if self.budget:  # what no model can meet is refused before anything is written
-            self.budget.wanted(whole(self.source, self.entries[0].recipe, self.budget.measure))
-        runs = self._runs()
         before = read_json(self.output / TABLE) if found == "finished" else {}
         known = {
             told["run"]: told for row in before.get("rows", ()) for told in row["seeds"] if told["status"] != "failed"
         }
         barrier()  # nobody writes before everybody has looked
-        if found == "finished" and len(known) == len(runs):
-            if processes()[0] == 0:
-                self.state.abandon()  # what a kill at the very end left
-            return Compared(self.output, before)
         rank, world = processes()
-        if rank == 0:
-            with alone():
-                self._begin(found, known)
-        barrier()
+        if found == "finished" and len(known) == len(self.entries) * max(1, len(self.seeds)):
+            if rank == 0:
+                self.state.abandon()  # what a kill at the very end left
+            return self._compared()
+        if self.budget:  # what no recipe can meet is refused before anything is written
+            self.budget.wanted(whole(self.source, self.entries[0].recipe, self.budget.measure))
+        runs = self._runs()
+        self._begin(found, known)
         told = {run.key: self.state.read(run.key) for run in runs}
         barrier()  # everybody has read what is known before anybody adds to it
         pending = [run for run in runs if not _over(told[run.key])]
@@ -191,6 +188,10 @@ class _Comparison:
             with alone():
                 self._finish(runs, begun)
         barrier()
+        return self._compared()
+
+    def _compared(self) -> Compared:
+        """What the table says. Raises RunError where no recipe gave a result."""
         summary = read_json(self.output / TABLE)
         rows = summary["rows"]
         if not any(row["status"] == "done" for row in rows):
@@ -239,16 +240,23 @@ class _Comparison:
         return runs
 
     def _begin(self, found: str, known: Mapping[str, Mapping[str, Any]]) -> None:
-        """Takes the directory, and does what all runs need alike: the conversion of the source, and its scan."""
-        if found != "begun":
-            self.state.begin(known)
-        try:
-            source = open_model(self.spec, work=self.state.shared, trust_remote_code=self.trust_remote_code)
-            scanned(source, self.state.shared, self.progress)
-        except RequestError:
-            if found == "fresh":
-                self.state.abandon()
-            raise
+        """The first process takes the directory and does what all runs need alike; all learn of it if it cannot be done."""
+        outcome: list[Any] = [None]
+        if processes()[0] == 0:
+            try:
+                with alone():
+                    if found != "begun":
+                        self.state.begin(known)
+                    source = open_model(self.spec, work=self.state.shared, trust_remote_code=self.trust_remote_code)
+                    scanned(source, self.state.shared, self.progress)
+            except RequestError as error:
+                outcome[0] = error
+                if found == "fresh":
+                    self.state.abandon()
+        if processes()[1] > 1:
+            torch.distributed.broadcast_object_list(outcome)
+        if outcome[0] is not None:
+            raise outcome[0]
 
     def _do(self, run: _Run, clean: CleanProcess | None) -> dict[str, Any]:
         """One run, exactly as `compress` does it. Returns: what is known of it, whatever became of it."""
@@ -257,7 +265,7 @@ class _Comparison:
             return told | {"status": "refused", "error": run.refusal}
         gc.collect()
         give_back_memory()
-        _forget_peak()
+        forget_peak()
         output = self.output / RUNS / run.key
         try:
             receipt = compress(
@@ -401,11 +409,3 @@ class _Comparison:
 def _over(told: Mapping[str, Any] | None) -> bool:
     """Whether nothing is left to run: what failed is tried again."""
     return told is not None and told["status"] != "failed"
-
-
-def _forget_peak() -> None:
-    """Lets the kernel count the highest resident memory from now on, where it can, so that each run has its own."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        logger.debug("the peak memory of a run includes that of the runs before it")

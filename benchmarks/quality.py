@@ -9,13 +9,13 @@ between the singular values of the first feed-forward matrix and those of the ro
 import argparse
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import torch
 
 import secateur
 from common import SMOLLM2, show
 from secateur.evaluation import compare, read_text, tokenize
+from secateur.evaluation.remembered import Remembered
 from secateur.network.source import load, open_model
 from secateur.tensor.spectra import ks_distance, singular_values
 
@@ -27,20 +27,6 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "Zipf surgeon (ours)": ("zipf_surgeon", {}),
 }
 DETERMINISTIC = {"magnitude_units"}
-
-
-class Remembered(torch.nn.Module):
-    """The dense model, which every result is compared with, computed once for each window."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.module, self.config, self.seen = module, module.config, {}
-
-    def forward(self, ids: torch.Tensor, **options: object) -> SimpleNamespace:
-        key = tuple(ids.flatten().tolist())
-        if key not in self.seen:
-            self.seen[key] = self.module(ids, **options).logits
-        return SimpleNamespace(logits=self.seen[key])
 
 
 def main() -> None:

@@ -25,8 +25,8 @@ import torch
 
 import secateur
 from common import SMOLLM2, MemoryPeak, remembered, show, text_ids, write_ids
-from quality import Remembered
 from secateur.evaluation import compare, parameters, speed
+from secateur.evaluation.remembered import Remembered
 from secateur.network.source import load, open_model
 from secateur.recipe import Recipe
 from secateur.registry import find

@@ -1,5 +1,6 @@
 """Secateur takes a trained network and gives back a smaller, faster one that loads everywhere."""
 
+from secateur.comparison import Compared, compare
 from secateur.errors import RequestError, RunError, SecateurError
 from secateur.evaluation import ResultCard, evaluate
 from secateur.generation import Written, generate_lengths
@@ -10,6 +11,7 @@ from secateur.registry import methods as list_methods
 from secateur.run import Result, compress
 
 __all__ = [
+    "Compared",
     "Recipe",
     "RequestError",
     "Result",
@@ -17,6 +19,7 @@ __all__ = [
     "RunError",
     "SecateurError",
     "Written",
+    "compare",
     "compress",
     "evaluate",
     "generate_lengths",

@@ -246,7 +246,7 @@ class BlockStage(Stage):
 
     def _samples(self) -> Samples:
         drawn = self._context("samples").generator("samples")
-        return kept_samples(self.source, self.calibration, self.state, drawn, self.seed, self.progress)
+        return kept_samples(self.source, self.calibration, self.state, drawn, self.seed, self.progress, self.library)
 
     def _forget(self, block: int) -> None:
         if self._passes is not None:

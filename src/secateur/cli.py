@@ -149,6 +149,65 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    model: Model,
+    recipe: Annotated[list[Path] | None, typer.Option(help="A YAML recipe, or a receipt; once for each.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A method of one step; once for each.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value for all; STEP.key=value for those that have it.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None, typer.Option(help="key=value,value: a row for each; several are combined.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory for the table and the results.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="parameters=, multiply_adds= or bytes=: a fraction that stays, or a number, for all."),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="By which fraction a result may miss the budget.")] = 0.01,
+    keep: Annotated[str, typer.Option(help="Which results stay on disk: all, front or none.")] = "all",
+    seed: Annotated[list[int] | None, typer.Option(help="Once for each run of every recipe.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="As for compress, for all that learn from text.")] = None,
+    samples: Annotated[int | None, typer.Option(help="How many calibration sequences.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of each.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text for perplexity; without one the model writes its own.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="How many windows of that text; default all.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="As for evaluate; once for each.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the results; default the source's own.")] = None,
+    device: Annotated[str, typer.Option(help="Where tensors are computed.")] = "cpu",
+    max_memory: Annotated[
+        str | None, typer.Option(help="What whole models may take when checked and measured.")
+    ] = None,
+    evaluate: Annotated[bool, typer.Option(help="Measure the results against the original.")] = True,
+    pairs: Annotated[int, typer.Option(min=0, help="Interleaved pairs of speed measurements; 0 for none.")] = 10,
+    trust_remote_code: Trust = False,
+    log_level: LogLevel = "warning",
+    debug: Debug = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compares recipes on MODEL: each as `compress` would do it, all measured alike, in one table."""
+    with _told(log_level, debug), process_group():
+        from secateur.comparison import Budget, entries, render
+        from secateur.comparison import compare as run
+
+        learned = {"data": calibration, "samples": samples, "length": length}
+        learned = {key: value for key, value in learned.items() if value is not None}
+        rows = entries(recipe or (), method or (), set_ or (), grid or (), learned)
+        if output is None:
+            raise RequestError("name the directory to write with --output DIR.")
+        done = run(
+            model, {row.name: row.recipe for row in rows}, output=output, keep=keep, seeds=seed or (), text=text,
+            budget=Budget.parse(budget, tolerance) if budget else None, windows=windows, tasks=tasks or (), dtype=dtype,
+            device=device, max_memory=_size(max_memory), evaluate=evaluate, pairs=pairs,
+            trust_remote_code=trust_remote_code, progress=_progress(quiet),
+        )  # fmt: skip
+        if int(os.environ.get("RANK", "0")) == 0:
+            console.print(render(done.summary))
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,

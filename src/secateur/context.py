@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 from secateur.errors import RunError, SecateurError
 from secateur.files import read_tensors, write_json, write_tensors
+
+logger = logging.getLogger(__name__)
 
 
 class Advance(Protocol):
@@ -39,9 +42,32 @@ def silent(label: str, total: int) -> Iterator[Advance]:
     yield _Silent()
 
 
+def forget_peak() -> None:
+    """Lets the kernel count the highest resident memory of this process from now on; only Linux can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        logger.debug("the peak memory that is told includes what was done before")
+
+
+_apart = False
+"""Whether this process works by itself though torchrun started several. One for all threads, as torch's group is."""
+
+
 def processes() -> tuple[int, int]:
     """(rank, world) of this process: (0, 1) when the run is not distributed."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not _apart else (0, 1)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What is done inside is done by this process for itself: nothing of it is shared out, and nobody is waited for."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def give_back_memory() -> None:
@@ -52,7 +78,7 @@ def give_back_memory() -> None:
 
 
 def barrier() -> None:
-    if dist.is_initialized():
+    if processes()[1] > 1:
         dist.barrier()
 
 

@@ -22,6 +22,7 @@ from secateur.calibration.silenced_flow import SilencedFlow
 from secateur.calibration.statistics import CrossGram, Gram
 from secateur.calibration.stream_moment import StreamMoment
 from secateur.calibration.synthetic import SyntheticGram
+from secateur.checks import check_steps
 from secateur.context import silent
 from secateur.evaluation.divergent import LOGITS
 from secateur.network.blocks import lacking
@@ -63,7 +64,7 @@ def dry_run(
     run = Run(spec, plan, Path(output), device, 0, trust_remote_code, False, SHARD_BYTES, silent, None)
     source, _, _, sizes = run.look(restart)
     wanted = getattr(torch, plan.dtype) if plan.dtype else None
-    rows = _rows_removed(source, plan, device)
+    rows = rows_removed(source, plan, device)
     said = _needs(source, sizes or {}, Path(output), wanted, plan, rows)
     place = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
     said["disk_free"] = shutil.disk_usage(place).free
@@ -92,6 +93,15 @@ def dry_run(
         beside = f"the writing of the calibration text, {beside}"
     said["time"] = f"about {method + rest:.0f} s by one block, besides {beside}"
     return said
+
+
+def foretold(source: Source, plan: Recipe, rows: int) -> dict[str, Any]:
+    """What `dry_run` tells of sizes, for a source that is open: from headers and shapes alone, nothing is timed.
+
+    rows: how many tokens go, as `rows_removed` counts them. Raises RequestError where the steps cannot be done.
+    """
+    wanted = getattr(torch, plan.dtype) if plan.dtype else None
+    return _needs(source, check_steps(source, plan.steps), Path(), wanted, plan, rows)
 
 
 def _needs(
@@ -233,7 +243,7 @@ def _remove_channels(source: Source, kept: int, removed: dict[str, int]) -> None
             removed[name] = whole - left * kept ** len(dims) // source.anatomy.hidden ** len(dims)
 
 
-def _rows_removed(source: Source, plan: Recipe, device: str) -> int:
+def rows_removed(source: Source, plan: Recipe, device: str) -> int:
     """How many tokens go, decided in full where the tokenizer can be read: no weights are needed for that."""
     removed = 0
     for index, step in enumerate(plan.steps if source.tensors else ()):

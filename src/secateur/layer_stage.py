@@ -172,7 +172,7 @@ class LayerStage(Stage):
         wishes = self.calibration
         if wishes.held_out is None:  # nothing is solved on the tokens, so there is no error to see on others
             wishes = wishes.model_copy(update={"held_out": 0})
-        samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress)
+        samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress, self.library)
         context.note("calibration", samples.describe())
         if BlockGradients in self.asked:
             path = self.state / "gradients.json"

@@ -105,7 +105,7 @@ class PlanStage(CutStage):
         if wishes.held_out is None:  # nothing is solved on the tokens, so there is no error to see on others
             wishes = wishes.model_copy(update={"held_out": 0})
         drawn = self._context("samples").generator("samples")
-        samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress)
+        samples = kept_samples(self.source, wishes, self.state, drawn, self.seed, self.progress, self.library)
         context.note("calibration", samples.describe())
         found: dict[type, Any] = {}
         if Evaluator in self._asked:

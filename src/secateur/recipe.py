@@ -256,6 +256,18 @@ def _setting(text: str) -> tuple[str, str, Any]:
         raise RequestError(f"--set {text}: the value is not valid YAML; put it in quotes.") from error
 
 
+def each_setting(text: str) -> list[str]:
+    """The settings that `key=value,value,…` stands for, one for each value: ["key=value", …]. Raises RequestError."""
+    key, equals, listed = text.partition("=")
+    try:
+        values = yaml.load(f"[{listed}]", _Loader)
+    except yaml.YAMLError as error:
+        raise RequestError(f"--grid {text}: the values are not valid YAML, with commas between them.") from error
+    if not equals or not values:
+        raise RequestError(f"--grid {text} is not of the form key=value,value, such as ratio=0.1,0.2.")
+    return [f"{key}={value if isinstance(value, int | float | str) else json.dumps(value)}" for value in values]
+
+
 def _changed(method: str, parameters: dict[str, Any], where: str, name: str, value: Any) -> tuple[str, dict[str, Any]]:
     """A step with one more setting, of its method or of its allocation."""
     if parameters.get("allocation"):

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from secateur.context import Progress, silent
 from secateur.errors import SecateurError
 from secateur.evaluation import ResultCard, evaluate, render
+from secateur.evaluation.measure import Opened
 from secateur.files import human
 from secateur.network.source import Source
 from secateur.recipe import Evaluate, Recipe
@@ -33,9 +34,18 @@ _WHY_CODE = (
 
 
 def measure(
-    original: Source, result: Source, wanted: Evaluate | bool, max_memory: int, progress: Progress = silent
+    original: Source,
+    result: Source,
+    wanted: Evaluate | bool,
+    max_memory: int,
+    progress: Progress = silent,
+    reference: Opened | None = None,
+    speed: bool = True,
 ) -> dict[str, Any] | None:
     """The result card of a finished run beside its source; None where nothing is to be measured or it does not fit.
+
+    reference: the source as `open_reference` gave it, where many results are measured against it. speed: whether to measure
+    it now.
 
     A failure here does not undo a run that is done: it is told in the place of the card.
     """
@@ -48,11 +58,12 @@ def measure(
     try:
         card = evaluate(
             result.spec,
-            original.spec if original.live is None else None,
+            reference or (original.spec if original.live is None else None),
             text=options.text,
             window=options.window,
             windows=options.windows,
             divergent=options.divergent and original.live is None,
+            speed=speed,
             trust_remote_code=original.trust_remote_code,
             progress=progress,
         )

@@ -20,7 +20,7 @@ from torch import nn
 from secateur.checks import check_steps
 from secateur.context import Progress, barrier, process_group, processes, silent
 from secateur.errors import RequestError, RunError
-from secateur.files import sha256, write_json, write_text
+from secateur.files import read_json, sha256, write_json, write_text
 from secateur.layer_stage import LayerStage
 from secateur.network.clean_load import peak
 from secateur.network.modelling_file import FILE
@@ -73,6 +73,7 @@ def compress(
     shard_bytes: int = 256 * 10**6,
     progress: Progress = silent,
     clean: CleanProcess | None = None,
+    shared: Path | None = None,
 ) -> Result:
     """Compresses a model by one method, or by a recipe, and writes it as an ordinary model directory.
 
@@ -86,6 +87,8 @@ def compress(
         restart: start over instead of going on with what an interrupted run left.
         shard_bytes: neighbouring blocks share a shard of the result up to this size.
         clean: an open clean process for the reload check, where many results are checked one after another.
+        shared: a folder for what several runs on one model need alike, each of which then does it once: the conversion of
+            the source, its scan, calibration tokens. It must not outlive a change of the source.
 
     Raises RequestError when the request is wrong (nothing was written), RunError when the run failed and can go on.
     """
@@ -96,7 +99,7 @@ def compress(
         raise RequestError("no output directory was named.")
     run = Run(
         spec, plan, Path(output), device, free_memory() // 2 if max_memory is None else max_memory, trust_remote_code,
-        evaluate, shard_bytes, progress, clean,
+        evaluate, shard_bytes, progress, clean, shared,
     )  # fmt: skip
     with process_group():
         try:
@@ -171,6 +174,7 @@ class Run:
     shard_bytes: int
     progress: Progress
     clean: CleanProcess | None
+    shared: Path | None = None
 
     def look(self, restart: bool) -> tuple[Source, Workspace, str, Sizes | None]:
         """Everything that can be refused before the weights are read; writes nothing.
@@ -233,8 +237,7 @@ class Run:
         outcome: list[Any] = [None]
         if processes()[0] == 0:
             try:
-                with self.progress("reading", source.bytes) as bar:
-                    outcome[0] = source.scan(bar.advance)
+                outcome[0] = scanned(source, self.shared, self.progress)
             except RequestError as error:
                 outcome[0] = error
         if processes()[1] > 1:
@@ -247,7 +250,8 @@ class Run:
         """The source as safetensors in the state folder: the first process converts, the others find it done."""
         for turn in (processes()[0] == 0, processes()[0] != 0):
             if turn:
-                source = open_model(self.spec, work=workspace.state, trust_remote_code=self.trust_remote_code)
+                work = self.shared or workspace.state
+                source = open_model(self.spec, work=work, trust_remote_code=self.trust_remote_code)
             barrier()
         return source
 
@@ -275,7 +279,7 @@ class Run:
         return make_stage(
             self.recipe, index, source, target, state / f"step-{index}", artifacts=artifacts,
             dtype=getattr(torch, wanted) if wanted else None, shard_bytes=self.shard_bytes, device=self.device,
-            progress=self.progress,
+            progress=self.progress, library=self.shared if index == 0 else None,
         )  # fmt: skip
 
     def _steps(self, source: Source, workspace: Workspace, timings: dict[str, float]) -> list[Stage]:
@@ -354,6 +358,22 @@ class Run:
         write_text(self.output / "README.md", model_card(receipt))
         workspace.finish(receipt)
         return receipt
+
+
+def scanned(source: Source, shared: Path | None, progress: Progress = silent) -> dict[str, str]:
+    """SHA-256 of the source's files, read once, from the folder `shared` where another run on it has left them.
+
+    Raises RequestError naming the first tensor with a value that is not finite.
+    """
+    path = shared / "scan.json" if shared else None
+    told = read_json(path) if path and path.exists() else None
+    if told is not None and told["source"] == source.quick_print():
+        return dict(told["sha256"])
+    with progress("reading", source.bytes) as bar:
+        found = source.scan(bar.advance)
+    if path:
+        write_json(path, {"source": source.quick_print(), "sha256": found})
+    return found
 
 
 def _stored(source: Source, output: Path) -> dict[str, Any]:

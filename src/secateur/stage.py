@@ -46,6 +46,7 @@ class Stage(ABC):
         artifacts: folder for what the method leaves beside the model, such as a policy.
         dtype: of the written weights, None to keep the source's.
         shard_bytes: neighbouring blocks share a shard up to this size.
+        library: folder in which several runs on this source keep their calibration tokens, None where there is one run.
     """
 
     source: Source
@@ -59,6 +60,7 @@ class Stage(ABC):
     shard_bytes: int = 256 * 10**6
     device: str = "cpu"
     progress: Progress = silent
+    library: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

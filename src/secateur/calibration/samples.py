@@ -7,6 +7,7 @@ top of those asked for and are never solved on: every layer's report shows its e
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,16 +179,52 @@ def collect_samples(
 
 
 def kept_samples(
-    source: Source, wanted: Calibration, state: Path, generator: torch.Generator, seed: int, progress: Progress = silent
+    source: Source,
+    wanted: Calibration,
+    state: Path,
+    generator: torch.Generator,
+    seed: int,
+    progress: Progress = silent,
+    library: Path | None = None,
 ) -> Samples:
-    """As `collect_samples`: collected by the first process once, then read from the folder `state`."""
+    """As `collect_samples`: collected by the first process once, then read from the folder `state`.
+
+    library: a folder in which several runs on this source keep what they collected, each the same samples once.
+    """
     path, name = state / "samples.safetensors", state / "samples.json"
     if processes()[0] == 0 and not name.exists():
-        samples = collect_samples(source, wanted, generator, seed, progress)
+        if library is None:
+            samples = collect_samples(source, wanted, generator, seed, progress)
+        else:
+            samples = _of_library(library, source, wanted, generator, seed, progress)
         write_tensors(path, samples.tensors())
         write_json(name, samples.name)
     barrier()
     return Samples.from_tensors(read_tensors(path)[0], read_json(name))
+
+
+def _of_library(
+    library: Path, source: Source, wanted: Calibration, generator: torch.Generator, seed: int, progress: Progress
+) -> Samples:
+    """As `collect_samples`, from the library where they are there, into it where not."""
+    # all that decides the tokens, and nothing of how they are passed through a network
+    random = wanted.data != SELF and wanted.order == "random"
+    content = wanted.identity()["content"]
+    decides = [
+        source.quick_print(), wanted.data, content, wanted.count, wanted.held_out_count, wanted.length, wanted.order,
+        generator.initial_seed() if random else None, seed if wanted.data == SELF else None,
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+    path = library / f"samples-{key}.safetensors"
+    if path.exists():
+        tensors, told = read_tensors(path)
+        return Samples.from_tensors(tensors, told["name"])
+    samples = collect_samples(source, wanted, generator, seed, progress)
+    # another process may be at the same: each writes a file of its own, and the renames agree
+    own = path.with_name(f"{path.name}-{os.getpid()}")
+    write_tensors(own, samples.tensors(), {"name": samples.name})
+    own.replace(path)
+    return samples
 
 
 def _own(source: Source, count: int, length: int, seed: int, progress: Progress) -> list[Tensor]:

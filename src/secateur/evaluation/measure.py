@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from secateur.evaluation.energy import Meter
 from secateur.evaluation.forward import check_length, maximum_positions
 from secateur.evaluation.memory import Memory, bytes_on_disk, memory
 from secateur.evaluation.perplexity import Perplexity, perplexity
-from secateur.evaluation.speed import PREFILL, speeds
+from secateur.evaluation.remembered import Remembered
+from secateur.evaluation.speed import PREFILL, Speed, speeds
 from secateur.evaluation.text import Tokens, check_same_tokenizer, one_cut_from_other, read_text, self_written, tokenize
 from secateur.network.locate import locate
 from secateur.network.source import check_device, load, open_model
@@ -31,12 +32,15 @@ WRITTEN_WINDOWS = 4
 _OTHER_TOKENS = "The vocabularies differ, so perplexities per token, the KL and the first token cannot be compared; "
 _BY_BYTE = "bits per byte can (each model over the text that its own windows hold)."
 _NO_TEXT = "with a text, bits per byte can."
-Model = str | Path | tuple[nn.Module, Any]
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """A model that is loaded, and what is known of its files (None for a live module)."""
+class Opened:
+    """A model that is loaded, and what is known of its files (None for a live module).
+
+    remembered: the module with a memory for its logits, where many models are compared with it. written: texts that it
+    wrote itself, by (sequences, length, seed).
+    """
 
     name: str
     module: nn.Module
@@ -44,6 +48,27 @@ class _Opened:
     memory: Memory | None = None
     disk: int | None = None
     disk_format: str | None = None
+    remembered: Remembered | None = None
+    written: dict[tuple[int, int, int], Tokens] = field(default_factory=dict)
+
+    @property
+    def predicts(self) -> nn.Module:
+        """What is asked for logits of a text."""
+        return self.remembered or self.module
+
+
+Model = str | Path | tuple[nn.Module, Any] | Opened
+
+
+def open_reference(
+    spec: str | Path, *, dtype: str = "float32", device: str = "cpu", remember: int = 0, trust_remote_code: bool = False
+) -> Opened:
+    """A model that many are measured against, loaded and measured once: give it to `evaluate` as the reference.
+
+    remember: bytes that its logits may take in memory; what does not fit is computed again for each model.
+    """
+    found = _open(spec, _memory(spec, dtype, trust_remote_code), dtype, device, trust_remote_code)
+    return replace(found, remembered=Remembered(found.module, remember))
 
 
 def evaluate(
@@ -68,14 +93,14 @@ def evaluate(
     """Measures `model`, and beside it `reference`, which it was made from.
 
     model, reference: a MODEL as on the command line, or a live pair (module, tokenizer), which has no files and so
-    neither bytes on disk nor a memory of its own. text: a UTF-8 file for perplexity and divergence; without one the
-    divergence is measured on text that the reference writes itself, and there is no perplexity. window: tokens read at
-    once, by default 1024 (256 on self-written text) or the models' positions if those are fewer. windows: how many of
-    the first windows, by default all of the text (4 that the reference writes). speed: whether to measure it; pairs,
-    prefill, batch, decode: as in `speeds`, one number or several. divergent: whether to measure divergent tokens too, or
-    with which `Continuations`; their prompts are cut from the text, or written by the reference. dtype, device: what a MODEL
-    is loaded as; live modules stay as they are. seed: of the self-written text and of the tokens that speed is measured on.
-    progress: opens a bar for a label and a total.
+    neither bytes on disk nor a memory of its own; as reference also what `open_reference` gave. text: a UTF-8 file for
+    perplexity and divergence; without one the divergence is measured on text that the reference writes itself, and there
+    is no perplexity. window: tokens read at once, by default 1024 (256 on self-written text) or the models' positions if
+    those are fewer. windows: how many of the first windows, by default all of the text (4 that the reference writes).
+    speed: whether to measure it; pairs, prefill, batch, decode: as in `speeds`, one number or several. divergent: whether to
+    measure divergent tokens too, or with which `Continuations`; their prompts are cut from the text, or written by the
+    reference. dtype, device: what a MODEL is loaded as; live modules stay as they are. seed: of the self-written text and of
+    the tokens that speed is measured on. progress: opens a bar for a label and a total.
 
     Where one vocabulary was cut from the other there is no divergence, and perplexities come with bits per byte.
 
@@ -92,7 +117,7 @@ def evaluate(
         )
     specs = [model] if reference is None else [model, reference]
     for spec in specs:
-        if not isinstance(spec, tuple):
+        if isinstance(spec, str | Path):
             # Headers alone: a damaged model is refused at once, not by a child process that fails on it.
             open_model(spec, trust_remote_code=trust_remote_code)
     # All clean processes come before anything is held here, or their memory would come on top of that of the models.
@@ -153,7 +178,7 @@ def _several(wanted: int | Sequence[int] | None) -> list[int]:
 
 
 def _divergent(
-    opened: Sequence[_Opened],
+    opened: Sequence[Opened],
     content: str | None,
     text: str | Path | None,
     wanted: bool | Continuations,
@@ -180,19 +205,23 @@ def _name(text: str | Path | None) -> str:
 
 
 def _memory(spec: Model, dtype: str, trust_remote_code: bool) -> Memory | None:
+    if isinstance(spec, Opened):
+        return spec.memory
     return None if isinstance(spec, tuple) else memory(spec, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
-def _open(spec: Model, used: Memory | None, dtype: str, device: str, trust_remote_code: bool) -> _Opened:
+def _open(spec: Model, used: Memory | None, dtype: str, device: str, trust_remote_code: bool) -> Opened:
+    if isinstance(spec, Opened):
+        return spec
     if isinstance(spec, tuple):
         module, tokenizer = spec
-        return _Opened(type(module).__name__, module, tokenizer)
+        return Opened(type(module).__name__, module, tokenizer)
     module, tokenizer = load(spec, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    return _Opened(str(spec), module, tokenizer, used, bytes_on_disk(spec), locate(str(spec)).weights)
+    return Opened(str(spec), module, tokenizer, used, bytes_on_disk(spec), locate(str(spec)).weights)
 
 
 def _on_text(
-    opened: Sequence[_Opened],
+    opened: Sequence[Opened],
     content: str,
     name: str,
     window: int | None,
@@ -206,39 +235,62 @@ def _on_text(
     if len(opened) == 1 or not alike:
         pairs = zip(opened, texts, strict=True)
         return None, [
-            perplexity(each.module, text, window=window, windows=windows, progress=progress) for each, text in pairs
+            perplexity(each.predicts, text, window=window, windows=windows, progress=progress) for each, text in pairs
         ]
     if not texts[0].ids.equal(texts[1].ids):
         raise RequestError(
             "The model and its reference split the text into different tokens, though their vocabularies agree: their "
             "predictions cannot be compared token by token; evaluate the model without a reference."
         )
-    ours, theirs = (each.module for each in opened)
+    ours, theirs = (each.predicts for each in opened)
     compared = compare(ours, theirs, texts[0], window=window, windows=windows, progress=progress)
     return compared.divergence, [compared.model, compared.reference]
 
 
-def _tokens(opened: _Opened, content: str, name: str) -> Tokens:
+def _tokens(opened: Opened, content: str, name: str) -> Tokens:
     if opened.tokenizer is None:
         raise RequestError(f"{opened.name} has no tokenizer, so the text cannot be read; add its tokenizer files.")
     return tokenize(content, opened.tokenizer, name)
 
 
 def _on_written(
-    opened: Sequence[_Opened], window: int | None, windows: int | None, seed: int, progress: Progress
+    opened: Sequence[Opened], window: int | None, windows: int | None, seed: int, progress: Progress
 ) -> Divergence:
     ours, theirs = opened
     length = window if window is not None else _within(WRITTEN_WINDOW, [ours.module, theirs.module])
     check_length(ours.module, length, "A window")
     count = windows if windows is not None else WRITTEN_WINDOWS
     tokens = _written(theirs, count, length, seed, progress)
-    return compare(ours.module, theirs.module, tokens, window=length, progress=progress).divergence
+    return compare(ours.module, theirs.predicts, tokens, window=length, progress=progress).divergence
 
 
-def _written(opened: _Opened, count: int, length: int, seed: int, progress: Progress) -> Tokens:
+def with_speed(card: ResultCard, timed: Speed, model: nn.Module, reference: nn.Module) -> ResultCard:
+    """The card with a speed that was measured later, its multiply-adds for as many tokens as that read."""
+    tokens = timed.prefill.tokens
+
+    def column(before: Column, module: nn.Module) -> Column:
+        counted = {"multiply_adds": multiply_adds(module, tokens), "multiply_adds_tokens": tokens}
+        return before.model_copy(update=counted)
+
+    assert card.reference is not None, "a speed with a gain has one"
+    ours, theirs = column(card.model, model), column(card.reference, reference)
+    gain = theirs.multiply_adds / ours.multiply_adds - 1
+    plain = {"model": ours, "reference": theirs, "speed": timed, "expected_gain": gain}
+    said = tuple(note for note in card.notes if note not in findings(card))
+    timed_card = card.model_copy(update=plain)
+    return timed_card.model_copy(update={"notes": said + findings(timed_card)})
+
+
+def _written(opened: Opened, count: int, length: int, seed: int, progress: Progress) -> Tokens:
+    """What the model writes itself, once for all that are compared with it."""
     if opened.tokenizer is None:
         raise RequestError(f"{opened.name} has no tokenizer, so it cannot write text; add its tokenizer files.")
-    return self_written(opened.module, opened.tokenizer, sequences=count, length=length, seed=seed, progress=progress)
+    key = (count, length, seed)
+    if key not in opened.written:
+        opened.written[key] = self_written(
+            opened.module, opened.tokenizer, sequences=count, length=length, seed=seed, progress=progress
+        )
+    return opened.written[key]
 
 
 def _within(tokens: int, models: Sequence[nn.Module]) -> int:

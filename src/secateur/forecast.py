@@ -28,7 +28,7 @@ from secateur.network.depth import blocks_to_remove
 from secateur.network.matrices import MatrixRef
 from secateur.network.modelling_file import BLOCK, part_parameters
 from secateur.network.source import Source, conversion_dtype
-from secateur.network.store import each_alone, stored_dtype
+from secateur.network.store import each_alone, group_left, stored_dtype
 from secateur.network.stream import pieces
 from secateur.network.vocabulary import token_rows
 from secateur.recipe import Recipe, Step
@@ -142,7 +142,7 @@ def _needs(
                 removed[name] = parameter.numel() // parameter.shape[dim] * rows
     for axis, widths in each_alone(original, sizes).items():
         for index, kept in widths.items():
-            group = original.anatomy.blocks[index].group(axis)
+            group = group_left(original.anatomy.blocks[index], axis, sizes)
             assert group is not None, "planned where it is"
             for part in group.slices:
                 parameter = original.skeleton.get_parameter(part.parameter)

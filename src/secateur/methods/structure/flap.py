@@ -8,6 +8,7 @@ the output matrix has no bias the mean is lost, because the configuration of suc
 patches the model instead). A head's score is the sum of its columns'.
 """
 
+from secateur.network.anatomy import COLUMN_AXES
 from secateur.registry import Cut, Moments, Units, method
 
 
@@ -18,6 +19,7 @@ from secateur.registry import Cut, Moments, Units, method
     claim="without retraining better than LLM-Pruner and Wanda-sp on LLaMA (recalled)",
     when="after training",
     speedup="universal",
+    axes=(*COLUMN_AXES, "head_dims"),
 )
 def flap(units: Units, moments: Moments, *, compensate: bool = True) -> Cut:
     """Keeps the units whose activations fluctuate most, weighted by their output columns.

@@ -7,6 +7,7 @@ below.
 
 from typing import Literal
 
+from secateur.network.anatomy import COLUMN_AXES
 from secateur.registry import Cut, InputNorms, Units, method
 
 
@@ -17,6 +18,7 @@ from secateur.registry import Cut, InputNorms, Units, method
     claim="none for whole units: a baseline of later papers",
     when="after training",
     speedup="universal",
+    axes=(*COLUMN_AXES, "head_dims"),
 )
 def wanda_units(
     units: Units, norms: InputNorms, *, norm: Literal["l2", "l1"] = "l2", over: Literal["sum", "mean"] = "sum"

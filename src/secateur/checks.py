@@ -6,8 +6,8 @@ from secateur.errors import RequestError
 from secateur.network.anatomy import Axis
 from secateur.network.blocks import lacking
 from secateur.network.channels import channels_config, find_channels
-from secateur.network.head_dims import check_head_dims
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
+from secateur.network.head_dims import check_head_dims
 from secateur.network.heterogeneous import BlockShape, heterogeneous_config
 from secateur.network.modelling_file import BLOCK, FEED_FORWARD, frame, nothings
 from secateur.network.rotation import find_roles, untied_config

@@ -79,8 +79,8 @@ def _check_dims(source: Source, step: Step) -> None:
     """Raises RequestError where a step cannot cut dimensions inside heads as it is asked to."""
     if other := [axis for axis in asked_axes(step) if axis in ("heads", "queries")]:
         raise RequestError(
-            f"{step.method}: {other[0]} and dimensions inside heads lie across each other, so one step cannot cut both; make "
-            "two of it."
+            f"{step.method}: {other[0]} and dimensions inside heads lie across each other, so one step cannot cut both; "
+            "make two of it."
         )
     if step.parameters.get("allocation"):
         raise RequestError(

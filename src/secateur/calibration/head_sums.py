@@ -1,4 +1,4 @@
-"""How large each dimension of queries, keys and attention outputs is on calibration tokens, in one pass of the dense network."""
+"""How large each dimension of queries, keys and attention outputs is on calibration tokens of the dense network."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

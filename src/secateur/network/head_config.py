@@ -20,7 +20,7 @@ from secateur.network.store import build, config_entries, set_entry
 # how transformers calls rotations whose frequencies do not depend on the length of the text, or (longrope) in two steps
 _FIXED = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 _CLOSE = 1e-6  # of a frequency: a few roundings in float32
-_FRACTION = "partial_rotary_factor"
+_FRACTION, _FACTORS = "partial_rotary_factor", ("short_factor", "long_factor")
 
 Ropes = dict[str | None, dict[str, Any]]
 """Parameters of rotations, by kind of layer; under None where all layers share them."""
@@ -47,7 +47,12 @@ def narrow_config(
         for rope in ropes.values():
             # rounded down by who reads it
             rope[_FRACTION] = turned / size if int(size * (turned / size)) == turned else (turned + 0.5) / size
-    narrow = _sized(source, _with_ropes(raw, ropes), blocks, whole.head_dim, size)
+    kept = pairs[pairs < whole.turned // 2]
+    # factors that are there already must be as many as there are pairs
+    fitting: Ropes = {
+        key: rope | {name: _of(rope[name], kept) for name in _FACTORS if rope.get(name)} for key, rope in ropes.items()
+    }
+    narrow = _sized(source, raw, _with_ropes(raw, fitting), blocks, whole.head_dim, size)
     if narrow is None:
         raise RequestError(
             f"the configuration of {architecture} cannot say {size} of {whole.head_dim} dimensions of a head with as many "
@@ -61,7 +66,6 @@ def narrow_config(
                 f"positions of {source.spec} turn heads by frequencies that depend on the length of the text "
                 f"({rope['rope_type']}), which cannot be said for single dimensions; choose other axes."
             )
-    kept = pairs[pairs < whole.turned // 2]
     return _with_frequencies(source, narrow, ropes, whole.turned // 2, kept)
 
 
@@ -89,11 +93,18 @@ def _with_ropes(raw: Mapping[str, Any], ropes: Ropes) -> dict[str, Any]:
     return changed
 
 
+def _of(factors: Sequence[float], kept: Tensor) -> list[float]:
+    return [factors[pair] for pair in kept.tolist()]
+
+
 def _sized(
-    source: Source, raw: dict[str, Any], blocks: Sequence[HeadDims], old: int, new: int
+    source: Source, before: Mapping[str, Any], raw: dict[str, Any], blocks: Sequence[HeadDims], old: int, new: int
 ) -> dict[str, Any] | None:
-    """The configuration with the entry that says the size of a head, found by building; None where there is none."""
-    whole = build(source, raw)
+    """The configuration with the entry that says the size of a head, found by building; None where there is none.
+
+    before: for heads of the old size.
+    """
+    whole = build(source, before)
     if whole is None:
         return None
     wanted = _shapes(whole)
@@ -174,8 +185,8 @@ def _longrope(
     long = short
     before = rope.get("rope_type") == "longrope"
     if before:  # a rotation that changes with the length goes on doing so
-        old = {name: torch.tensor(rope[name], dtype=torch.float64)[kept] for name in ("short_factor", "long_factor")}
-        long = short * old["long_factor"] / old["short_factor"]
+        old_short, old_long = (torch.tensor(_of(rope[name], kept), dtype=torch.float64) for name in _FACTORS)
+        long = short * old_long / old_short
     return said | {
         "rope_type": "longrope",
         "short_factor": short.tolist(),

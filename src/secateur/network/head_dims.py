@@ -11,6 +11,7 @@ are norms over those that stay, as channels have it.
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -96,12 +97,19 @@ class NarrowHeads:
 
         Raises RequestError where the architecture cannot be built so, or cannot say these frequencies.
         """
+        if dict(raw) == raw_config(self.source):
+            return deepcopy(self._own)
         return narrow_config(self.source, raw, list(self.where.values()), self.whole, self.pairs)
+
+    @cached_property
+    def _own(self) -> dict[str, Any]:
+        """The source's configuration, with these heads and nothing else changed."""
+        return narrow_config(self.source, raw_config(self.source), list(self.where.values()), self.whole, self.pairs)
 
     @cached_property
     def factor(self) -> float:
         """What queries are multiplied by. Raises RequestError where the smaller heads do not compute what they should."""
-        return query_factor(self.source, self.config(raw_config(self.source)), self.where, self.dims)
+        return query_factor(self.source, self._own, self.where, self.dims)
 
     def norms(self, model: nn.Module) -> AbstractContextManager[None]:
         """While it is open, norms over the dimensions of a head in a whole network are norms over those that stay."""
@@ -185,7 +193,8 @@ class NarrowHeads:
         for name, old in list(model.named_buffers()):
             if name in new and new[name].shape != old.shape:
                 path, _, attribute = name.rpartition(".")
-                model.get_submodule(path)._buffers[attribute] = new[name].to(old.device)
+                # rounded where the live one was
+                model.get_submodule(path)._buffers[attribute] = new[name].to(old)
         for dims in self.where.values():
             for path in dims.norms:
                 if isinstance(module := model.get_submodule(path), nn.LayerNorm):

@@ -4,7 +4,7 @@ Two dimensions interact where one of a query changes what attention makes of the
 in twos; without a rotation each meets only itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,8 +26,8 @@ class Turning:
     """How the positions turn a head: its first `turned` dimensions in twos, i with i + turned / 2 ("halves") or 2 i with
     2 i + 1 ("neighbours"); the others stay as they are.
 
-    q, k, v: where queries, keys and values of one group of heads lie. query_norm, key_norm: paths, relative to the attention,
-    of the norms over the dimensions of a head that they go through, "" for none.
+    q, k, v: where queries, keys and values of one group of heads lie. query_norm, key_norm: paths, relative to the
+    attention, of the norms over the dimensions of a head that they go through, "" for none.
     """
 
     layout: Layout
@@ -79,11 +79,10 @@ def try_head_dims(
         if dims.apart([(i,) for i in range(size)]):
             return Turning("halves", 0, q, k, v, *owners)
         for turned, layout in _candidates(size, given):
-            pairs = pairs_of(size, turned, layout)
-            half = turned // 2
-            last = pairs[half - 1]
-            # what is not turned may be taken in twos too, so the last two must really be
-            if dims.apart(pairs) and not dims.apart([(last[0],), (last[1],)]):
+            pairs = pairs_of(size, turned, layout)[: turned // 2]
+            rest = [(i,) for i in range(turned, size)]
+            # neighbours that are not turned would pass as a pair too, so the last two must really be one
+            if dims.apart([*pairs, *rest]) and not dims.apart([*((i,) for i in pairs[-1])]):
                 return Turning(layout, turned, q, k, v, *owners)
     except Exception:  # a foreign module may fail in any way; then nothing is known of its heads
         return None
@@ -109,7 +108,7 @@ class _Dims:
         self._nothing = self._run([], [])
         self._most = float(trial.run().abs().max())
 
-    def apart(self, classes: list[tuple[int, ...]] | tuple[tuple[int, ...], ...]) -> bool:
+    def apart(self, classes: Sequence[tuple[int, ...]]) -> bool:
         """Whether no dimension of one class meets one of another; in one run for each binary digit of their number."""
         for bit in range(max(1, (len(classes) - 1).bit_length())):
             here = [dim for number, dims in enumerate(classes) if number >> bit & 1 for dim in dims]
@@ -194,7 +193,8 @@ def _owners(
             changed = [path for path in norms if not torch.equal(seen[path], before[path])]
             if len(changed) > 1 or (changed and changed[0] in found.values()):
                 return None
-            found |= {place: path for path in changed}
+            if changed:
+                found[place] = changed[0]
     finally:
         for handle in handles:
             handle.remove()

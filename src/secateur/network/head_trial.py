@@ -41,7 +41,8 @@ def query_factor(source: Source, raw: Mapping[str, Any], where: Mapping[int, Hea
     found: set[float] = set()
     try:
         assert narrow is not None
-        calls = [_calls(model, list(hosts.values())) for model in (source.skeleton, narrow)]
+        limit = getattr(source.config.get_text_config(decoder=True), "max_position_embeddings", None) or TOKENS
+        calls = [_calls(model, list(hosts.values()), limit) for model in (source.skeleton, narrow)]
         for index, host in hosts.items():
             pair = [
                 (model.get_submodule(host), given[host])
@@ -55,8 +56,8 @@ def query_factor(source: Source, raw: Mapping[str, Any], where: Mapping[int, Hea
         found = {0.0}
     if len(found) != 1 or 0.0 in found:
         raise RequestError(
-            f"{type(source.skeleton).__name__} with {len(kept)} of {size} dimensions in a head does not compute what it does "
-            f"with the others silent, so {source.spec} cannot lose them; choose other axes."
+            f"{type(source.skeleton).__name__} with {len(kept)} of {size} dimensions in a head does not compute what it "
+            f"does with the others silent, so {source.spec} cannot lose them; choose other axes."
         )
     return found.pop()
 
@@ -65,8 +66,8 @@ class _SeenAll(Exception):  # noqa: N818 (a signal, not an error)
     """Ends a run once every attention was reached."""
 
 
-def _calls(model: nn.Module, hosts: list[str]) -> dict[str, Call]:
-    """What modules are called with when the model reads tokens at positions far apart, masks left out."""
+def _calls(model: nn.Module, hosts: list[str], positions: int) -> dict[str, Call]:
+    """What modules are called with when the model reads tokens far apart in so many positions, masks left out."""
     twin = clone(
         model,
         lambda tensor: (
@@ -90,7 +91,6 @@ def _calls(model: nn.Module, hosts: list[str]) -> dict[str, Call]:
 
     for path in hosts:
         twin.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True)
-    positions = getattr(twin.config.get_text_config(decoder=True), "max_position_embeddings", None) or TOKENS
     given = torch.linspace(0, positions - 1, TOKENS).long()[None]
     ids = torch.zeros(1, TOKENS, dtype=torch.long)
     try:
@@ -131,10 +131,14 @@ def _difference(
     silent.append(torch.zeros_like(v).scatter(2, chosen, v.gather(2, chosen)))
     query = q[..., kept] * (1.0 if dims.query_norm else factor)
     short = [query, k[..., kept], v.gather(2, chosen)]
-    outputs = []
+    outputs: list[Tensor] = []
+    vectors: dict[str, Tensor] = {}
     for (module, call), given, width in ((whole, silent, size), (narrow, short, less)):
         proposal = _proposal(module, host, dims, width)
         trial = AttentionTrial(module, proposal, call, generator)
+        for name, parameter in trial.twin.named_parameters():  # what heads have beside their dimensions is the same
+            if vectors.setdefault(name, parameter.data).shape == parameter.shape:
+                parameter.data = vectors[name]
         local = [path[len(host) + 1 :] if host else path for path in dims.norms]
         _set_norms(trial.twin, local, dims, kept, width, factor)
         placed = _placed(proposal, host, dims, given, width)

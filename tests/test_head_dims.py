@@ -377,6 +377,14 @@ def test_a_budget_in_parameters(model: Make, tmp_path: Path, clean: CleanProcess
     assert abs(outcome.parameters(result) - 0.95 * whole) <= pair / 2 and result.config.head_dim < SIZE
 
 
+@pytest.mark.parametrize("method", ["random_units", "wanda_units"])
+def test_a_dry_run_times_the_decision(method: str, model: Make, ids: Path, tmp_path: Path) -> None:
+    said = recipe(ids if method == "wanda_units" else None, method)
+    told = dry_run(model("llama"), recipe=said, output=tmp_path / "out")
+    assert told["seconds"] > 0 and told["units"]["head_dims"]["0"] == {"kept": 5, "of": 8}
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("steps", "said"),
     [

@@ -357,8 +357,12 @@ def _unit_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, i
     if method is not None and ErrorCurves in method.needs.values():
         kinds = kinds | {Gram}
     more = memory = 0
-    if kinds:
+    if kinds and targets:
         more, memory = _pass_needs(source, solver, wishes, targets, kinds)
+    if solver.statistics and "head_dims" in asked_axes(step):  # a pass of its own, before
+        tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, _positions(source))
+        more = max(more, 8 * tokens + 2 * tokens * source.anatomy.hidden * getattr(torch, wishes.dtype).itemsize)
+        memory = max(memory, 4 * ACTIVATION_BYTES)
     if solver.gradients:
         groups = [group for block in source.anatomy.blocks for axis in asked_axes(step) if (group := block.group(axis))]
         names = {part.parameter for group in groups for part in group.slices}

@@ -195,6 +195,11 @@ class NarrowHeads:
                 path, _, attribute = name.rpartition(".")
                 # rounded where the live one was
                 model.get_submodule(path)._buffers[attribute] = new[name].to(old)
+        for path, module in narrow.named_modules():
+            old_module = model.get_submodule(path)
+            for name in [name for name, value in vars(old_module).items() if isinstance(value, Tensor)]:
+                if name not in vars(module):  # what a rotation has kept of its frequencies, and makes again
+                    delattr(old_module, name)
         for dims in self.where.values():
             for path in dims.norms:
                 if isinstance(module := model.get_submodule(path), nn.LayerNorm):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import gguf_file
 import tiny
 from command import secateur, snapshot
+from secateur import compress
 from secateur.errors import RequestError, RunError
 from secateur.export import check, export
 from secateur.export import gguf as gguf_export
@@ -120,6 +121,32 @@ def test_scaled_positions_are_said_by_factors(tmp_path: Path) -> None:
     assert done.measured["difference"] < 1e-5
     factors = next(t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors if t.name == "rope_freqs.weight").data
     assert factors[0] == 1 and factors[-1] == pytest.approx(8)
+
+
+HEAD_DIMS = {"axis": "head_dims", "ratio": 0.3}
+
+
+@llama_cpp
+def test_heads_that_lost_dimensions_run_in_llama_cpp(model: Make, shared_clean: None, tmp_path: Path) -> None:
+    compress(model("llama"), "random_units", HEAD_DIMS, output=tmp_path / "m", evaluate=False)
+    assert export(tmp_path / "m", "gguf", tmp_path / "m.gguf").measured["difference"] < 1e-5
+
+
+def test_heads_that_lost_dimensions_keep_their_frequencies(
+    model: Make, shared_clean: None, no_llama_cpp: None, tmp_path: Path
+) -> None:
+    compress(model("llama"), "random_units", HEAD_DIMS, output=tmp_path / "m", evaluate=False)
+    export(tmp_path / "m", "gguf", tmp_path / "m.gguf")
+    assert {10} == {
+        fields(tmp_path / "m.gguf")[f"llama.{name}"] for name in ("attention.key_length", "rope.dimension_count")
+    }
+    factors = next(t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors if t.name == "rope_freqs.weight").data
+    said = json.loads((tmp_path / "m/config.json").read_text())["rope_parameters"]["short_factor"]
+    assert factors.tolist() == pytest.approx(said) and len(factors) == 5
+    # a graph that takes no factors
+    compress(model("qwen2"), "random_units", HEAD_DIMS, output=tmp_path / "q", evaluate=False)
+    with pytest.raises(RequestError, match="positions of .* are scaled"):
+        export(tmp_path / "q", "gguf", tmp_path / "q.gguf")
 
 
 def sentencepiece_like(space: bool) -> PreTrainedTokenizerFast:

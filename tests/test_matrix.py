@@ -80,12 +80,15 @@ def _divides(method: str) -> bool:
 
 
 def _axes(method: str, name: str) -> list[str]:
-    """The units that it can cut there; query heads, which are not cut beside heads, have a test file of their own."""
+    """The units that it can cut there; query heads and dimensions inside heads, which are not cut beside heads, have test
+    files of their own.
+    """
     experts = set(tiny.ARCHITECTURES) - set(MIXTURES)
     refused = {"neurons": REFUSED, "heads": NO_HEADS, "channels": NO_CHANNELS, "experts": experts}
     if method == "slicegpt" and name in NO_ROTATION:
         return []
-    return [axis for axis in methods()[method].axes if axis != "queries" and name not in refused[axis]]
+    apart = ("queries", "head_dims")
+    return [axis for axis in methods()[method].axes if axis not in apart and name not in refused[axis]]
 
 
 # What a method leaves alone: experts of the dense network and of the pruned one get other tokens.

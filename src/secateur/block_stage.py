@@ -92,13 +92,9 @@ class BlockStage(Stage):
         if not self.solver.statistics:
             return self._timed(first) * len(self.refs)
         # with one batch of tokens and with two: what both share is solving, which does not grow with the tokens
-        positions = getattr(self.source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-        length = min(self.calibration.length or LENGTH, positions)
-        count = self.calibration.count + self.calibration.held_out_count
-        ids = torch.randint(
-            self.source.anatomy.vocabulary, (count, length), generator=self._context("tokens").generator()
-        )
-        total = len(self._passes_of(Samples(list(ids), [], "random")).batches)
+        drawn = self._drawn()
+        ids, count = drawn.sequences, len(drawn.sequences)
+        total = len(self._passes_of(drawn).batches)
         took = []
         for batches in (1, 2):
             self._passes = self._passes_of(Samples(list(ids[: max(1, batches * count // total)]), [], "random"))
@@ -107,6 +103,16 @@ class BlockStage(Stage):
             took.append(self._timed(first))
         each = max(took[1] - took[0], 0.0)
         return (max(took[0] - each, 0.0) + each * total) * len(blocks)
+
+    def _drawn(self) -> Samples:
+        """Drawn tokens, as many as the recipe wants of calibration."""
+        positions = getattr(self.source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+        length = min(self.calibration.length or LENGTH, positions)
+        count = self.calibration.count + self.calibration.held_out_count
+        ids = torch.randint(
+            self.source.anatomy.vocabulary, (count, length), generator=self._context("tokens").generator()
+        )
+        return Samples(list(ids), [], "random")
 
     def _timed(self, block: Block) -> float:
         begun = time.time()
@@ -127,7 +133,7 @@ class BlockStage(Stage):
             self.notes["calibration"] = samples.describe()
         if self.solver.calibrated:
             self._learn(samples)
-            if self.solver.statistics:
+            if self.solver.statistics and self.refs:
                 self._passes = self._passes_of(samples)
                 next_block = min(set(range(len(self.source.anatomy.blocks))) - self._done, default=None)
                 if self._done and next_block is not None and not self._passes.ready(next_block):

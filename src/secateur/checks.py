@@ -7,6 +7,7 @@ from secateur.network.anatomy import Axis
 from secateur.network.blocks import lacking
 from secateur.network.channels import channels_config, find_channels
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
+from secateur.network.head_dims import check_head_dims
 from secateur.network.heterogeneous import BlockShape, heterogeneous_config
 from secateur.network.modelling_file import BLOCK, FEED_FORWARD, frame, nothings
 from secateur.network.rotation import find_roles, untied_config
@@ -91,14 +92,18 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
                 for axis, widths in present.items()
             }
             told = sizes | (planned or narrower)
-            raw = resized_config(source, {axis: _for_all(source, axis, units) for axis, units in told.items()})
+            raw = resized_config(
+                source, {axis: _for_all(source, axis, units) for axis, units in told.items() if axis != "head_dims"}
+            )
             if cuts_channels(step):
                 channels, kept = find_channels(source), planned_channels(source, step, left_channels)
                 left_channels = kept or left_channels
                 if rotates(step) and source.tensors and find_roles(source, channels).untied:
                     raw = untied_config(source, raw)
                 if kept is not None:
-                    channels_config(source, channels, raw, kept)
+                    raw = channels_config(source, channels, raw, kept)
+            if dims := told.get("head_dims"):
+                check_head_dims(source, raw, next(iter(dims.values())), own="head_dims" in present)
     return sizes
 
 
@@ -111,6 +116,11 @@ def _leaves_uneven(step: Step, planned: Sizes) -> bool:
 
 def _check_order(before: Sequence[Step], step: Step, uneven: Step | None) -> None:
     """Raises RequestError where earlier steps leave blocks in which this one cannot cut what it is asked to."""
+    if uneven is not None and "head_dims" in asked_axes(step):
+        raise RequestError(
+            f"{step.method} cuts dimensions inside heads, but {uneven.method} before it leaves blocks that differ; put the "
+            "step that cuts dimensions first."
+        )
     if uneven is not None and cuts_channels(step):
         raise RequestError(
             f"{step.method} cuts channels, but {uneven.method} before it leaves blocks that differ, and no configuration of "
@@ -118,7 +128,7 @@ def _check_order(before: Sequence[Step], step: Step, uneven: Step | None) -> Non
         )
     for earlier in before:
         if earlier.registered.scope == "blocks" and (part := earlier.parameters["part"]) != BLOCK:
-            units = ("neurons",) if part == FEED_FORWARD else ("heads", "queries")
+            units = ("neurons",) if part == FEED_FORWARD else ("heads", "queries", "head_dims")
             if lost := [axis for axis in asked_axes(step) if axis in units]:
                 raise RequestError(
                     f"{step.method} cuts {lost[0]} of every block, but {earlier.method} before it removes the "

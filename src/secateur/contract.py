@@ -124,8 +124,8 @@ COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
             Axes,
             ["neurons"],
             "which units: neurons of the feed-forward layer, heads of attention (those that share keys and values go "
-            "together), queries (single query heads, as many of each that share keys and values), experts of a mixture, or "
-            "a list of them",
+            "together), queries (single query heads, as many of each that share keys and values), head_dims (dimensions "
+            "inside heads, in the twos that positions turn), experts of a mixture, or a list of them",
         ),
         "ratios": (list[Ratio] | None, None, "one ratio for each block, instead of `ratio`"),
         "multiple_of": (

@@ -64,14 +64,18 @@ class CutStage(Stage):
                 stack.enter_context(stretched(self.source.skeleton, self.cuts.where, self.cuts.basis.shape[1]))
             elif self.cuts.channels is not None:
                 stack.enter_context(norms_over(self.source.skeleton, self.cuts.where, self.cuts.channels))
-            stack.enter_context(self.cuts.unchosen())
+            stack.enter_context(self.cuts.reference())
             yield
 
     def expected(self) -> Fetch:
         fetch = self.cuts.silenced()
         if self.cuts.basis is not None:  # rounded as it is written, and turned back: it would be rounded twice
             return fetch
-        return lambda names: {name: self._cast(name, tensor).float() for name, tensor in fetch(names).items()}
+        rounded = self.cuts.rounded
+        return lambda names: {
+            name: tensor if name in rounded else self._cast(name, tensor).float()
+            for name, tensor in fetch(names).items()
+        }
 
     def apply(self, module: nn.Module) -> None:
         self._decide_all()
@@ -87,7 +91,7 @@ class CutStage(Stage):
         wanted = None
         if heads:
             silenced = self._silenced(module)
-            with self.cuts.unchosen(silenced):
+            with self.cuts.reference(silenced):
                 wanted = self._outputs(silenced)
         try:
             # so that a module whose widths its configuration can say may be saved
@@ -95,12 +99,14 @@ class CutStage(Stage):
             if heads and (after := build(self.source, raw)) is not None:
                 before = build(self.source, raw_config(self.source))
                 adopt_numbers(module, before or after, after)
+                if self.cuts.heads is not None:
+                    self.cuts.heads.apply(module, after)
             for key, value in raw.items():
                 if getattr(self.source.config, key, _ABSENT) != value:
                     setattr(self.source.config, key, value)
         except RequestError as error:
             logger.info("the cut module keeps the configuration that it had: %s", error)
-        cut_module(module, self.source.anatomy, cuts)
+        cut_module(module, self.source.anatomy, cuts, self.cuts.heads)
         if wanted is not None:
             self._compare(module, wanted)
         self.notes["budget"] = budget
@@ -130,7 +136,7 @@ class CutStage(Stage):
 
     def _silenced(self, module: nn.Module) -> nn.Module:
         """A copy with nothing cut, and what is to be cut silent."""
-        copy = deepcopy(module)
+        copy = deepcopy(module).float() if self.cuts.rounded else deepcopy(module)
         names = [name for name, _ in module.named_parameters()]
         with torch.no_grad():
             for name, tensor in self.cuts.silenced()(names).items():
@@ -149,7 +155,8 @@ class CutStage(Stage):
     def _compare(self, module: nn.Module, wanted: Tensor) -> None:
         """Modules may keep the number of their heads or experts unseen. Raises RequestError when they then err."""
         try:
-            found = self._outputs(module).to(wanted.device)
+            # what is rounded once in the one and not in the other is compared in float32
+            found = self._outputs(deepcopy(module).float() if self.cuts.rounded else module).to(wanted.device)
             same = bool((found - wanted).abs().max() <= 1e-3 * wanted.abs().max())
         except Exception as error:  # whatever a foreign module does with fewer heads
             logger.info("the cut module does not run: %s", error)

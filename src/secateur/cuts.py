@@ -1,7 +1,7 @@
 """The cuts of one step, kept in files: saved as they are decided, read by whatever writes, checks or tells of them."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from secateur.network.channels import (
     stored_channels,
 )
 from secateur.network.checkpoint import stored_buffers
+from secateur.network.head_dims import NarrowHeads
 from secateur.network.rotation import Roles, find_roles, lifted, projected, rotated, stretched, untied_config
 from secateur.network.routing import unchosen
 from secateur.network.source import Source
@@ -42,11 +43,12 @@ class Cuts:
 
     def __init__(self, source: Source, folder: Path, method: str, dtype: torch.dtype | None = None) -> None:
         self._source, self._folder, self._method, self._dtype = source, folder, method, dtype
+        self._heads: NarrowHeads | None = None
 
     def save(self, block: int, axis: Axis, cut: Cut) -> None:
         """Keeps a cut; one that cannot be done is refused before."""
         self.check(block, axis, cut)
-        tensors = {"kept": cut.kept, "output": cut.output, "output_bias": cut.output_bias}
+        tensors = {"kept": cut.kept, "output": cut.output, "output_bias": cut.output_bias, "values": cut.values}
         tensors |= {f"maker {place}": made for place, made in enumerate(cut.makers or ())}
         write_tensors(
             self._path(block, axis), {name: tensor.cpu() for name, tensor in tensors.items() if tensor is not None}
@@ -55,7 +57,9 @@ class Cuts:
     def read(self, block: int, axis: Axis) -> Cut:
         tensors, _ = read_tensors(self._path(block, axis))
         makers = tuple(tensors[f"maker {place}"] for place in range(sum(name.startswith("maker") for name in tensors)))
-        return Cut(tensors["kept"], tensors.get("output"), tensors.get("output_bias"), makers or None)
+        return Cut(
+            tensors["kept"], tensors.get("output"), tensors.get("output_bias"), makers or None, tensors.get("values")
+        )
 
     def save_stream(self, plan: Plan) -> None:
         """Keeps what becomes of the stream. Raises RunError when a method returned what cannot be."""
@@ -104,7 +108,9 @@ class Cuts:
 
         plain: only a configuration that needs no code.
         """
-        raw = resized_config(self._source, self.sizes(), plain)
+        raw = resized_config(self._source, {a: units for a, units in self.sizes().items() if a != "head_dims"}, plain)
+        if self.heads is not None:
+            raw = self.heads.config(raw)
         if self.basis is not None and self._roles.untied:
             raw = untied_config(self._source, raw)
         return raw if self.width is None else channels_config(self._source, self.where, raw, self.width)
@@ -112,6 +118,16 @@ class Cuts:
     @cached_property
     def _roles(self) -> Roles:
         return find_roles(self._source, self.where)
+
+    @property
+    def heads(self) -> NarrowHeads | None:
+        """The dimensions that heads lose, None where they keep all. Asked for when that is decided."""
+        if (
+            self._heads is None
+            and (found := next((b for b, axis in self.known() if axis == "head_dims"), None)) is not None
+        ):
+            self._heads = NarrowHeads(self._source, self.read(found, "head_dims").kept)
+        return self._heads
 
     def known(self) -> list[tuple[int, Axis]]:
         """What is cut, by block and in the order in which tokens meet the units."""
@@ -143,7 +159,12 @@ class Cuts:
 
     def kept(self) -> dict[str, Tensor]:
         """The units that stay, for the file beside the model."""
-        units = {f"block {block}, {axis}": self.read(block, axis).kept for block, axis in self.known()}
+        units: dict[str, Tensor] = {}
+        for block, axis in self.known():
+            cut = self.read(block, axis)
+            units[f"block {block}, {axis}"] = cut.kept
+            if cut.values is not None:
+                units[f"block {block}, {axis}, values"] = cut.values
         if self.basis is not None:
             units["basis"] = self.basis.float()
         return units if self.channels is None else {**units, "channels": self.channels}
@@ -154,9 +175,13 @@ class Cuts:
             axes = [axis for index, axis in self.known() if index == block.index]
             parameters = self._source.assemble(block.parameters, tensors) if axes else {}
             for axis in axes:
-                cut = cut_tensors(
-                    parameters, self.group(block.index, axis), self.read(block.index, axis), self._written
-                )
+                if axis == "head_dims":
+                    assert self.heads is not None, "what is known is read"
+                    cut = self.heads.cut(block.index, parameters, self.read(block.index, axis), self._written)
+                else:
+                    cut = cut_tensors(
+                        parameters, self.group(block.index, axis), self.read(block.index, axis), self._written
+                    )
                 parameters = {**parameters, **cut}
                 for parameter, tensor in cut.items():
                     apart = self._source.take_apart(parameter, tensor, tensors)
@@ -261,6 +286,12 @@ class Cuts:
             for block, axis in self.known():
                 if block in asked and axis == "experts":
                     tensors = {**tensors, **self._never_best(block, tensors)}
+                elif block in asked and axis == "head_dims":
+                    assert self.heads is not None, "what is known is read"
+                    own = {
+                        name: tensors[name] for name in self._source.anatomy.blocks[block].parameters if name in tensors
+                    }
+                    tensors = {**tensors, **self.heads.silence(block, own, self.read(block, axis), self._written)}
                 elif block in asked:
                     group, cut = self.group(block, axis), self.read(block, axis)
                     names_of = [
@@ -277,8 +308,24 @@ class Cuts:
 
         return fetch
 
-    def unchosen(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
-        """While it is open, the uncut network (or a live `model` of its kind) sends no token to experts that are cut."""
+    @contextmanager
+    def reference(self, model: nn.Module | None = None) -> Iterator[None]:
+        """While it is open, the uncut network (or a live `model` of its kind) does what no silenced parameter says."""
+        with ExitStack() as stack:
+            stack.enter_context(self._unchosen(model))
+            if self.heads is not None:
+                stack.enter_context(self.heads.norms(self._source.skeleton if model is None else model))
+            yield
+
+    @cached_property
+    def rounded(self) -> set[str]:
+        """Parameters that `silenced` gives as they come from what is written, and which must not be rounded again."""
+        if self.heads is None:
+            return set()
+        return {name for block, axis in self.known() if axis == "head_dims" for name in self.heads.scaled_names(block)}
+
+    def _unchosen(self, model: nn.Module | None) -> AbstractContextManager[None]:
+        """While it is open, no token goes to experts that are cut."""
         removed = {
             block: (self.group(block, axis), self._gone(block)) for block, axis in self.known() if axis == "experts"
         }
@@ -328,6 +375,8 @@ class Cuts:
         uneven = group.sets > 1 and len(set((kept // size).bincount(minlength=group.sets).tolist())) > 1
         if not ordered or int(kept[0]) < 0 or int(kept[-1]) >= group.count or uneven:
             raise RunError(f"{where}: an impossible set of {axis} was kept; nothing was cut there.")
+        if axis == "head_dims":
+            self._check_values(where, block, cut)
         if axis == "experts" and (cut.output is not None or cut.output_bias is not None):
             raise RunError(f"{where}: experts have no output matrix of their own that could be given anew.")
         hidden = self._source.anatomy.hidden
@@ -352,6 +401,16 @@ class Cuts:
                     f"{where}: the new {name} hold non-finite values; use a smaller ratio, other parameters of the method "
                     "or another seed."
                 )
+
+    def _check_values(self, where: str, block: int, cut: Cut) -> None:
+        attention, values = self._source.anatomy.blocks[block].attention, cut.values
+        assert attention is not None, "it has heads"
+        shape = (attention.kv_heads, 2 * len(cut.kept))
+        ordered = values is not None and tuple(values.shape) == shape and bool((values[:, 1:] > values[:, :-1]).all())
+        if values is None or not ordered or int(values.min()) < 0 or int(values.max()) >= attention.head_dim:
+            raise RunError(f"{where}: an impossible set of dimensions of values was kept; nothing was cut there.")
+        if cut.output is not None or cut.makers is not None:
+            raise RunError(f"{where}: dimensions inside heads are cut as they are; no weights can be given anew.")
 
     def _written(self, tensor: Tensor) -> torch.dtype:
         # refitted weights are rounded once, to what is written

@@ -31,7 +31,7 @@ from secateur.network.depth import blocks_to_remove
 from secateur.network.matrices import MatrixRef
 from secateur.network.modelling_file import BLOCK, part_parameters
 from secateur.network.source import Source, conversion_dtype
-from secateur.network.store import each_alone, stored_dtype
+from secateur.network.store import each_alone, group_left, stored_dtype
 from secateur.network.stream import pieces
 from secateur.network.vocabulary import token_rows
 from secateur.recipe import Recipe, Step
@@ -157,7 +157,7 @@ def _needs(
                 removed[name] = parameter.numel() // parameter.shape[dim] * rows
     for axis, widths in each_alone(original, sizes).items():
         for index, kept in widths.items():
-            group = original.anatomy.blocks[index].group(axis)
+            group = group_left(original.anatomy.blocks[index], axis, sizes)
             assert group is not None, "planned where it is"
             for part in group.slices:
                 parameter = original.skeleton.get_parameter(part.parameter)
@@ -377,8 +377,12 @@ def _unit_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, i
     if method is not None and ErrorCurves in method.needs.values():
         kinds = kinds | {Gram}
     more = memory = 0
-    if kinds:
+    if kinds and targets:
         more, memory = _pass_needs(source, solver, wishes, targets, kinds)
+    if solver.statistics and "head_dims" in asked_axes(step):  # a pass of its own, before
+        tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, _positions(source))
+        more = max(more, 8 * tokens + 2 * tokens * source.anatomy.hidden * getattr(torch, wishes.dtype).itemsize)
+        memory = max(memory, 4 * ACTIVATION_BYTES)
     if solver.gradients:
         groups = [group for block in source.anatomy.blocks for axis in asked_axes(step) if (group := block.group(axis))]
         names = {part.parameter for group in groups for part in group.slices}

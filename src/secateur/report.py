@@ -23,6 +23,7 @@ UNITS = {
     "neurons": "feed-forward neurons",
     "heads": "attention heads (by shared keys and values)",
     "queries": "query heads",
+    "head_dims": "pairs of dimensions inside attention heads",
     "experts": "experts",
 }
 """What the units of an axis are called."""

@@ -13,7 +13,7 @@ from secateur.evaluation.forward import maximum_positions, text_config
 from secateur.evaluation.speed import PREFILL
 from secateur.network.anatomy import AXES, Axis
 from secateur.network.source import Source
-from secateur.network.store import each_alone
+from secateur.network.store import each_alone, group_left
 from secateur.network.widths import round_width
 from secateur.recipe import Step
 
@@ -35,22 +35,35 @@ def tokens_counted(source: Source) -> int:
     return min(PREFILL, maximum_positions(source.skeleton) or PREFILL)
 
 
-def unit_cost(source: Source, block: int, axis: Axis, measure: Measure) -> int:
-    """What a unit counts: its share of every coupled tensor, or the multiply-adds of its matrices and of its attention."""
+def unit_cost(
+    source: Source, block: int, axis: Axis, measure: Measure, left: Mapping[Axis, Mapping[int, int]] | None = None
+) -> int:
+    """What a unit counts: its share of every coupled tensor, or the multiply-adds of its matrices and of its attention.
+
+    left: units that are left of other kinds: heads and their dimensions lie across each other.
+    """
     found = source.anatomy.blocks[block]
-    group = found.group(axis)
+    group, attention = group_left(found, axis, left or {}), found.attention
     assert group is not None, "asked for where it is"
+    heads = size = 0
+    if attention is not None and axis == "head_dims":
+        heads, size = group.output.width // 2, 2
+    elif attention is not None:
+        heads, size = attention.heads // group.count, attention.head_dim
+        if block in (left or {}).get("head_dims", {}):
+            size = 2 * (left or {})["head_dims"][block]
     tokens, cost = tokens_counted(source), 0
     for part in group.slices:
-        shape = source.skeleton.get_parameter(part.parameter).shape
+        shape, width = source.skeleton.get_parameter(part.parameter).shape, part.width
+        if attention is not None and axis in ("heads", "queries"):
+            width = width * size // attention.head_dim
         if measure == "parameters":
-            cost += shape.numel() // shape[part.dim] * part.width
+            cost += shape.numel() // shape[part.dim] * width
         elif len(shape) == 2 and axis != "experts":  # a token goes to as many, and routers are not counted
-            cost += tokens * shape.numel() // shape[part.dim] * part.width
-    if measure == "multiply_adds" and axis in ("heads", "queries") and found.attention:
+            cost += tokens * shape.numel() // shape[part.dim] * width
+    if measure == "multiply_adds" and axis in ("heads", "queries", "head_dims"):
         pairs = attention_pairs(text_config(source.skeleton), tokens)
-        heads = found.attention.heads // group.count
-        cost += 2 * heads * found.attention.head_dim * (pairs[block] if block < len(pairs) else 0)
+        cost += 2 * heads * size * (pairs[block] if block < len(pairs) else 0)
     return cost
 
 
@@ -79,7 +92,9 @@ def counted(
         for index, kept in units.items():
             group = network.blocks[index].group(axis)
             if index < blocks and group is not None:
-                total -= (group.count - kept) * unit_cost(source, index, axis, measure)
+                # heads go as they were, and what is left of them loses dimensions
+                left = sizes if axis == "head_dims" else None
+                total -= (group.count - kept) * unit_cost(source, index, axis, measure, left)
     return total
 
 
@@ -160,7 +175,8 @@ def budgeted_sizes(
     sets = {axis: sets_of(source, axis, before) for axis in present}
     present = {axis: {i: count // sets[axis][i] for i, count in units.items()} for axis, units in present.items()}
     costs = {
-        axis: {i: sets[axis][i] * unit_cost(source, i, axis, measure) for i in units} for axis, units in present.items()
+        axis: {i: sets[axis][i] * unit_cost(source, i, axis, measure, before) for i in units}
+        for axis, units in present.items()
     }
     free = sum(costs[axis][i] * count for axis, units in present.items() for i, count in units.items())
     ratio = left / free

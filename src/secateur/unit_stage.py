@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from secateur.context import Context, barrier, processes
 from secateur.cut_stage import SKIP, CutStage
 from secateur.errors import RunError
 from secateur.files import write_text
+from secateur.head_dim_choice import choose_head_dims, time_head_dims
 from secateur.network.anatomy import AXES, Axis, Block
 from secateur.network.matrices import MatrixRef, view
 from secateur.network.surgery import remade, silence_tensors
@@ -66,6 +67,9 @@ class UnitStage(CutStage, BlockStage):
     def seconds(self) -> float:
         begun = time.time()
         self._collect()
+        if not self.refs:  # dimensions inside heads alone, which no walk decides
+            drawn = self._drawn() if self.solver.statistics else None
+            return time.time() - begun + time_head_dims(self, drawn, self._context("method"))
         if self.solver.gradients:
             # what they are does not matter here; nothing is known of how long they take
             first = 0 if self.solver.statistics else min(self.refs)
@@ -88,6 +92,9 @@ class UnitStage(CutStage, BlockStage):
     def _prepare(self) -> None:
         self._collect()
         self._allocate()
+        if "head_dims" in asked_axes(self.step):
+            samples = self._samples() if self.solver.statistics else None
+            self._once("head-dims", lambda context: choose_head_dims(self, samples, context))
         super()._prepare()
 
     def _allocate(self) -> None:
@@ -198,8 +205,24 @@ class UnitStage(CutStage, BlockStage):
     def _change(self, blocks: Sequence[Block], tensors: dict[str, Tensor]) -> None:
         self.cuts.apply(blocks, tensors)
 
+    def _do(self, block: Block) -> dict[str, Any]:
+        with self.cuts.heads.norms(self.source.skeleton) if self.cuts.heads else nullcontext():
+            return super()._do(block)
+
+    @contextmanager
+    def _loaded(self, block: Block, names: set[str]) -> Iterator[Loaded]:
+        """Dimensions inside heads, which are decided before, are silent while tokens pass."""
+        with super()._loaded(block, names) as loaded:
+            if self.cuts.heads is not None and self._passes is not None and block.index in self.cuts.heads.where:
+                cut = self.cuts.read(block.index, "head_dims")
+                silenced = self.cuts.heads.silence(block.index, loaded.working, cut, lambda old: old.dtype)
+                for name, tensor in silenced.items():
+                    loaded.working[name].copy_(tensor)
+            yield loaded
+
     def _kept(self, block: int) -> bool:
-        return any(index == block for index, _ in self.cuts.known())
+        decided_here = {ref.role for ref in self.refs.get(block, ())}
+        return decided_here <= {axis for index, axis in self.cuts.known() if index == block}
 
     def _gram(self, block: int) -> Path:
         return self.state / "grams" / f"{block}.safetensors"

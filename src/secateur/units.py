@@ -6,6 +6,7 @@ from typing import Any
 from secateur.calibration.stream_moment import StreamMoment
 from secateur.errors import RequestError
 from secateur.network.anatomy import AXES, Axis, Block
+from secateur.network.head_dims import find_head_dims
 from secateur.network.matrices import MatrixRef
 from secateur.network.parts import stacked
 from secateur.network.source import Source
@@ -17,6 +18,7 @@ WORDS: dict[Axis, str] = {
     "neurons": "feed-forward neurons",
     "heads": "attention heads",
     "queries": "query heads",
+    "head_dims": "dimensions inside attention heads",
     "experts": "experts",
 }
 
@@ -37,10 +39,16 @@ def present_sizes(source: Source, step: Step) -> Sizes:
         raise RequestError(
             f"{step.method}: which queries there are follows from the heads, so one step cannot cut both; make two of it."
         )
+    if "head_dims" in asked_axes(step):
+        _check_dims(source, step)
     for axis in asked_axes(step):
         sizes[axis] = {}
         for block in source.anatomy.blocks:
             group = block.group(axis)
+            if axis == "head_dims":
+                if group is not None:  # some architectures mix blocks with and without attention
+                    sizes[axis][block.index] = group.count
+                continue
             if axis == "experts":
                 if block.experts is not None:  # some architectures mix blocks of both kinds
                     sizes[axis][block.index] = _experts(source, step, block)
@@ -65,6 +73,21 @@ def present_sizes(source: Source, step: Step) -> Sizes:
         if not sizes[axis]:
             raise RequestError(f"{step.method} cuts experts, but no block of {source.spec} holds a mixture of them.")
     return sizes
+
+
+def _check_dims(source: Source, step: Step) -> None:
+    """Raises RequestError where a step cannot cut dimensions inside heads as it is asked to."""
+    if other := [axis for axis in asked_axes(step) if axis in ("heads", "queries")]:
+        raise RequestError(
+            f"{step.method}: {other[0]} and dimensions inside heads lie across each other, so one step cannot cut both; "
+            "make two of it."
+        )
+    if step.parameters.get("allocation"):
+        raise RequestError(
+            f"{step.method}: heads of all blocks must keep the same dimensions, so there is nothing to divide among blocks; "
+            "leave allocation out, or cut head_dims in a step of their own."
+        )
+    find_head_dims(source)
 
 
 def _experts(source: Source, step: Step, block: Block) -> int:
@@ -107,7 +130,8 @@ def output_matrices(source: Source, axes: Sequence[Axis]) -> dict[int, list[Matr
     refs: dict[int, list[MatrixRef]] = {}
     for block in source.anatomy.blocks:
         for axis in axes:
-            if group := block.group(axis):
+            # what reads them is known, but they are decided for all blocks at once
+            if axis != "head_dims" and (group := block.group(axis)):
                 name, columns = group.output.parameter, group.count * group.output.width
                 transposed = group.output.dim == 0
                 refs.setdefault(block.index, []).append(
@@ -157,6 +181,11 @@ def planned_sizes(
         if measure_of(step)
         else _by_ratio(source, step, present, before or {})
     )
+    if len(set(planned.get("head_dims", {}).values())) > 1:
+        raise RequestError(
+            f"{step.method}: heads of all blocks of {source.spec} must keep the same dimensions, so they cannot lose "
+            "differing fractions; give one ratio."
+        )
     for index, kept in planned.get("experts", {}).items():
         experts = source.anatomy.blocks[index].experts
         if experts and experts.chosen and kept < experts.chosen:

@@ -178,7 +178,10 @@ class Layout:
         self.rotary, self.theta = 2 * len(frequencies), float(said["rope_theta"])
         plain = self.theta ** (-torch.arange(0, self.rotary, 2, dtype=torch.float64) / self.rotary)
         factors = (plain / frequencies).float().numpy()
-        scaled = getattr(module, "attention_scaling", 1.0) != 1.0 or said.get("rope_type") in ("dynamic", "longrope")
+        # factors that are the same for short and long texts are plain factors
+        changing = said.get("rope_type") == "longrope" and said["short_factor"] != said["long_factor"]
+        changing = changing or said.get("rope_type") == "dynamic"
+        scaled = changing or getattr(module, "attention_scaling", 1.0) != 1.0
         even = np.allclose(factors, 1, rtol=1e-5)
         if scaled or not (even or self.arch in _PAIRS):
             raise RequestError(

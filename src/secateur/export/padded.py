@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from secateur.errors import RequestError
 from secateur.export.common import Exported, check_place, size_of, whole_directory
 from secateur.files import write_json, write_tensors, write_text
-from secateur.network.anatomy import AXES, Anatomy, anatomy
+from secateur.network.anatomy import AXES, Anatomy, Axis, anatomy
 from secateur.network.locate import Place
 from secateur.network.modelling_file import is_heterogeneous, plain_config
 from secateur.network.source import Source, open_model
@@ -56,7 +56,8 @@ def to_padded(source: Source, output: Path, dtype: str | None = None) -> Exporte
             f"the blocks of {source.spec} are alike, so it loads everywhere as it is; there is nothing to pad."
         )
     with _without_gaps(source, raw) as whole:
-        found = {axis: [(block.index, block.group(axis)) for block in whole.anatomy.blocks] for axis in AXES}
+        axes: list[Axis] = [axis for axis in AXES if axis != "head_dims"]  # alike in all blocks
+        found = {axis: [(block.index, block.group(axis)) for block in whole.anatomy.blocks] for axis in axes}
         sizes = {axis: {index: group.count for index, group in groups if group} for axis, groups in found.items()}
         widest = {axis: max(widths.values()) for axis, widths in sizes.items() if widths}
         queries, heads = (sizes.pop(axis, {}) for axis in ("queries", "heads"))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from secateur.network import probe, recognise
+from secateur.network.head_probe import Layout, Turning, norms_of_heads, pairs_of, try_head_dims
 from secateur.network.recognise import AttentionProposal, ExpertsProposal, FeedForwardProposal, Matrix, join
 from secateur.network.trace import Call, Trace, trace
 
@@ -34,11 +35,11 @@ class Slice:
         return (self.offset + units[:, None] * self.width + torch.arange(self.width, device=units.device)).flatten()
 
 
-Axis = Literal["heads", "queries", "neurons", "experts"]
-AXES: tuple[Axis, ...] = ("heads", "queries", "neurons", "experts")
+Axis = Literal["heads", "queries", "head_dims", "neurons", "experts"]
+AXES: tuple[Axis, ...] = ("heads", "queries", "head_dims", "neurons", "experts")
 COLUMN_AXES: tuple[Axis, ...] = ("heads", "queries", "neurons")
 """Units that are inputs of a matrix; experts are whole layers, known by what the router says of them."""
-CutAxis = Literal["heads", "queries", "neurons", "experts", "channels"]
+CutAxis = Literal["heads", "queries", "head_dims", "neurons", "experts", "channels"]
 """What may be cut: units of a block, or channels of the residual stream, which all blocks share."""
 
 
@@ -46,8 +47,11 @@ CutAxis = Literal["heads", "queries", "neurons", "experts", "channels"]
 class Group:
     """The units of one kind in one block, with everything that must be cut together.
 
+    Of head_dims the slices only say how many numbers go with a unit: `HeadDims` says where they lie.
+
     axis: "neurons" of the feed-forward layer; "heads" of attention, where those that share keys and values are one unit;
-    "queries": single query heads, where several share keys and values; "experts" of a mixture. inputs: what makes the
+    "queries": single query heads, where several share keys and values; "head_dims": two dimensions of every head;
+    "experts" of a mixture. inputs: what makes the
     units, weights and biases. output: the matrix that reads them, along its inputs; its bias, output_bias, is not per unit
     and stays whole. Of experts, inputs hold all their weights and output is the router's matrix, along its outputs. sets:
     the units lie in so many equal runs, of which each must keep as many. buffers: learned vectors with a number for each
@@ -106,10 +110,55 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class HeadDims:
+    """The dimensions of heads, in twos as positions turn them: query i · key i over the same dimensions makes a score.
+
+    turned: the first so many of a head's dimensions are turned by its position, in the order that `layout` says. queries,
+    keys, values: where each head lies (with its numbers side by side) in weight and bias. output: where the columns of each
+    head lie. query_norm, key_norm: paths of the norms over the dimensions of a head that they go through, "" for none;
+    scales: the parameters of these.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layout: Layout
+    turned: int
+    queries: tuple[Slice, ...]
+    keys: tuple[Slice, ...]
+    values: tuple[Slice, ...]
+    output: Slice
+    output_bias: str | None
+    query_norm: str
+    key_norm: str
+    scales: tuple[str, ...]
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Paths of the norms over the dimensions of a head."""
+        return tuple(path for path in (self.query_norm, self.key_norm) if path)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The dimensions of a head in twos: those that are turned together by frequency, then the others."""
+        return pairs_of(self.head_dim, self.turned, self.layout)
+
+    @property
+    def group(self) -> Group:
+        """Its units: two dimensions of every head, of queries, keys and values alike."""
+        wide, narrow = 2 * self.heads, 2 * self.kv_heads
+        inputs = [Slice(part.parameter, part.dim, part.offset, wide) for part in self.queries]
+        inputs += [Slice(part.parameter, part.dim, part.offset, narrow) for part in (*self.keys, *self.values)]
+        inputs += [Slice(name, 0, 0, 2) for name in self.scales]
+        output = Slice(self.output.parameter, self.output.dim, 0, wide)
+        return Group("head_dims", self.head_dim // 2, tuple(inputs), output, self.output_bias)
+
+
+@dataclass(frozen=True)
 class Attention:
     """Attention as parameter names. `fused`: one parameter holds several of q, k, v and is named under each. group: its
     heads as units, None where it is not known where they lie. queries: its query heads, None also where each has keys and
-    values of its own.
+    values of its own. dims: the dimensions inside its heads, None where it is not known which are turned together.
     """
 
     module: str
@@ -123,6 +172,7 @@ class Attention:
     o: tuple[str, ...]
     group: Group | None = None
     queries: Group | None = None
+    dims: HeadDims | None = None
 
     @property
     def kind(self) -> str:
@@ -174,13 +224,15 @@ class Block:
         """Its units of that kind, None where there are none or they were not recognised."""
         if axis == "queries":
             return self.attention.queries if self.attention else None
+        if axis == "head_dims":
+            return self.attention.dims.group if self.attention and self.attention.dims else None
         part = {"neurons": self.feed_forward, "heads": self.attention, "experts": self.experts}[axis]
         return part.group if part else None
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """All its units, in the order in which tokens meet them."""
-        return tuple(group for axis in AXES if (group := self.group(axis)))
+        """All its units whose numbers lie side by side, in the order in which tokens meet them."""
+        return tuple(group for axis in AXES if axis != "head_dims" and (group := self.group(axis)))
 
 
 @dataclass(frozen=True)
@@ -209,6 +261,7 @@ class _Finding:
     feed_forward: tuple[FeedForwardProposal, probe.FeedForwardRoles] | None
     norm: tuple[str, str | None, str | None] | None
     attention: tuple[AttentionProposal, probe.AttentionRoles] | None
+    turning: Turning | None
     experts: ExpertsProposal | None
     chosen: int | None
     kind: str
@@ -311,7 +364,8 @@ def _examine(block: nn.Module, seen: Trace, hidden: int, config: Any) -> _Findin
         depends = seen.depends(given, attention[0].host or attention[0].output.module, hidden)
         parallel = None if depends is None else not depends
     chosen = _chosen(seen.calls.get(experts.host)) if experts else None
-    return _Finding(feed_forward, norm, attention, experts, chosen, kind, parallel, " ".join(notes))
+    turning = _turning(block, attention, seen, hidden) if attention else None
+    return _Finding(feed_forward, norm, attention, turning, experts, chosen, kind, parallel, " ".join(notes))
 
 
 def _chosen(call: Call | None) -> int | None:
@@ -371,6 +425,20 @@ def _find_attention(
     return None, refusal
 
 
+def _turning(
+    block: nn.Module, attention: tuple[AttentionProposal, probe.AttentionRoles], seen: Trace, hidden: int
+) -> Turning | None:
+    """How positions turn the dimensions of its heads, where these lie apart from each other."""
+    proposal, roles = attention
+    if roles.runs is None:
+        return None
+    host, size = block.get_submodule(proposal.host), proposal.head_dim
+    leaves = [path for path, module in _leaves(host) if probe.norm_roles(module, size)]
+    norms = norms_of_heads(host, size, set(leaves))
+    order = (roles.q, roles.k, roles.v)
+    return try_head_dims(host, proposal, roles.runs, order, hidden, seen.calls.get(proposal.host), norms)
+
+
 def _block(block: nn.Module, index: int, path: str, finding: _Finding, hidden: int) -> Block:
     sizes = {join(path, name): p.numel() for name, p in block.named_parameters(remove_duplicate=False)}
     experts = None
@@ -386,7 +454,7 @@ def _block(block: nn.Module, index: int, path: str, finding: _Finding, hidden: i
         parameters=tuple(sizes),
         size=sum(sizes.values()),
         feed_forward=_feed_forward(path, finding, hidden),
-        attention=_attention(path, finding),
+        attention=_attention(path, finding, block),
         experts=experts,
         kind=finding.kind,
         parallel=finding.parallel,
@@ -428,7 +496,7 @@ def _feed_forward(path: str, finding: _Finding, hidden: int) -> FeedForward | No
     )
 
 
-def _attention(path: str, finding: _Finding) -> Attention | None:
+def _attention(path: str, finding: _Finding, block: nn.Module) -> Attention | None:
     if finding.attention is None:
         return None
     found, roles = finding.attention
@@ -436,7 +504,34 @@ def _attention(path: str, finding: _Finding) -> Attention | None:
     output = (join(path, found.output.weight),)
     return Attention(
         join(path, found.host), found.heads, found.kv_heads, found.head_dim, found.fused, q, k, v, output,
-        _heads(path, found, roles), _queries(path, found, roles),
+        _heads(path, found, roles), _queries(path, found, roles), _head_dims(path, found, finding.turning, block),
+    )  # fmt: skip
+
+
+def _head_dims(path: str, found: AttentionProposal, turning: Turning | None, block: nn.Module) -> HeadDims | None:
+    if turning is None:
+        return None
+    size = found.head_dim
+
+    def parts(run: tuple[int, int, int]) -> tuple[Slice, ...]:
+        index, first, _ = run
+        matrix = found.inputs[index]
+        weight = Slice(join(path, matrix.weight), matrix.output_dim, first * size, size)
+        return (weight, Slice(join(path, matrix.bias), 0, first * size, size)) if matrix.bias else (weight,)
+
+    query_norm, key_norm = (join(found.host, norm) if norm else "" for norm in (turning.query_norm, turning.key_norm))
+    scales = [
+        join(path, norm, name)
+        for norm in (query_norm, key_norm)
+        for name, _ in (block.get_submodule(norm).named_parameters() if norm else ())
+    ]
+    output, bias = found.output, found.output.bias
+    return HeadDims(
+        found.heads, found.kv_heads, size, turning.layout, turning.turned,
+        parts(turning.q), parts(turning.k), parts(turning.v),
+        Slice(join(path, output.weight), 1 - output.output_dim, 0, size),
+        join(path, bias) if bias else None,
+        join(path, query_norm) if query_norm else "", join(path, key_norm) if key_norm else "", tuple(scales),
     )  # fmt: skip
 
 

@@ -14,23 +14,9 @@ from torch.utils._pytree import tree_map
 
 from secateur.network.recognise import AttentionProposal, FeedForwardProposal, Matrix, matrices
 from secateur.network.trace import TOKENS, Call, clone, describe, first_tensor, real_call, set_submodule
+from secateur.network.trial import TOLERANCE, AttentionTrial, Given, stand_in, stand_in_buffer
 
 UNITS = 8  # a shrunk feed-forward layer
-TOLERANCE = 1e-4  # of the largest output: far above float32 rounding, far below the effect of one unit in eight
-
-
-def _stand_in(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Numbers between 0.5 and 1.5 for a vector, zeros without storage for anything larger, in float32."""
-    if not tensor.is_floating_point():
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
-    if tensor.ndim < 2:
-        return torch.rand(tensor.shape, generator=generator) + 0.5
-    return torch.zeros(()).expand(tensor.shape)
-
-
-def _buffer(tensor: Tensor) -> Tensor:
-    """The buffer itself, or ones for one on meta: a mask that hides nothing, a scale of one."""
-    return torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor.detach().clone().cpu()
 
 
 def norm_roles(module: nn.Module, width: int) -> tuple[str | None, str | None] | None:
@@ -42,7 +28,7 @@ def norm_roles(module: nn.Module, width: int) -> tuple[str | None, str | None] |
     generator = torch.Generator().manual_seed(0)
 
     try:
-        twin = clone(module, lambda tensor: _stand_in(tensor, generator), _buffer)
+        twin = clone(module, lambda tensor: stand_in(tensor, generator), stand_in_buffer)
         x = torch.randn(TOKENS, width, generator=generator)
         with torch.no_grad():
             base = twin(x)
@@ -122,10 +108,10 @@ class FeedForwardTrial:
             if wide and tuple(parameter.shape) == (proposal.units,) and name.rpartition(".")[0] not in linear
         )
 
-        self.host = clone(host, lambda tensor: _stand_in(tensor, generator), _buffer)
+        self.host = clone(host, lambda tensor: stand_in(tensor, generator), stand_in_buffer)
         for path, matrix in linear.items():
             if path not in own:
-                set_submodule(self.host, path, _Given(torch.zeros(matrix.outputs)))
+                set_submodule(self.host, path, Given(torch.zeros(matrix.outputs)))
         self.states: dict[str, Tensor] = {}  # what the modules of the copy were given in the last run
         for path, module in self.host.named_modules():
             if path and not any(True for _ in module.children()):
@@ -270,30 +256,6 @@ def try_feed_forward(
         return f"a copy with {UNITS} units could not be run ({describe(error)})"
 
 
-class _Given(nn.Module):
-    """Gives out prepared numbers instead of a matrix's product: (outputs,) or (tokens, outputs)."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.value.expand(*x.shape[:-1], self.value.shape[-1]).clone()
-
-
-class _Caught(nn.Module):
-    """Keeps what a matrix is given and answers with zeros of the hidden size."""
-
-    def __init__(self, outputs: int) -> None:
-        super().__init__()
-        self.outputs = outputs
-        self.value: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.value = x
-        return x.new_zeros(*x.shape[:-1], self.outputs)
-
-
 class AttentionRoles(NamedTuple):
     """Which of the proposal's inputs are q, k and v (all 0 for one fused matrix), and where its heads lie in them.
 
@@ -318,59 +280,36 @@ def try_attention(host: nn.Module, proposal: AttentionProposal, hidden: int, cal
     try:
         if call is None:
             return "the model could not be traced"
-        args, kwargs = real_call(call, hidden, generator)
-
-        twin = clone(host, lambda tensor: _stand_in(tensor, generator), _buffer)
-
-        def local(matrix: Matrix) -> str:
-            return matrix.module[len(proposal.host) + 1 :] if proposal.host else matrix.module
-
-        given = [_Given(torch.randn(TOKENS, matrix.outputs, generator=generator)) for matrix in proposal.inputs]
-        for matrix, module in zip(proposal.inputs, given, strict=True):
-            set_submodule(twin, local(matrix), module)
-        caught = _Caught(proposal.output.outputs)
-        set_submodule(twin, local(proposal.output), caught)
-
-        def run(changed: int | None = None, value: Tensor | None = None) -> Tensor:
-            kept = [module.value for module in given]
-            if changed is not None and value is not None:
-                given[changed].value = value
-            with torch.no_grad():
-                twin(*args, **kwargs)
-            for module, before in zip(given, kept, strict=True):
-                module.value = before
-            if caught.value is None:
-                raise ValueError("its output matrix was not used")
-            return caught.value.reshape(TOKENS, -1)
-
+        trial = AttentionTrial(host, proposal, real_call(call, hidden, generator), generator)
+        given, run = trial.values, trial.run
         base = run()
         size = float(base.abs().max())
         token = TOKENS // 2
 
         def constant(index: int) -> bool:
             """Whether the same value at all tokens comes out unchanged by the mixing: weights of softmax sum to one."""
-            output = run(index, given[index].value[:1].repeat(TOKENS, 1))
+            output = run({index: given[index][:1].repeat(TOKENS, 1)})
             return float((output - output[:1]).abs().max()) <= TOLERANCE * size
 
         def roles(q: int, k: int, v: int) -> AttentionRoles:
             width, touched = proposal.head_dim, []
-            for index, module in enumerate(given):
-                for place in range(module.value.shape[-1] // width):
-                    other = module.value.clone()
+            for index, value in enumerate(given):
+                for place in range(value.shape[-1] // width):
+                    other = value.clone()
                     part = slice(place * width, (place + 1) * width)
                     other[:, part] = torch.randn(other[:, part].shape, generator=generator)
-                    changed = (run(index, other) - base).abs().amax(dim=0) > TOLERANCE * size
+                    changed = (run({index: other}) - base).abs().amax(dim=0) > TOLERANCE * size
                     heads = changed.unflatten(0, (-1, width)).any(dim=1).nonzero().flatten().tolist()
                     touched.append((index, place, set(heads)))
-            whole = all(module.value.shape[-1] % width == 0 for module in given) and base.shape[1] % width == 0
+            whole = all(value.shape[-1] % width == 0 for value in given) and base.shape[1] % width == 0
             return AttentionRoles(q, k, v, _runs(touched, base.shape[1] // width) if whole else None)
 
         local_only: list[int] = []
         spreading: list[int] = []
-        for index, module in enumerate(given):
-            other = module.value.clone()
+        for index, value in enumerate(given):
+            other = value.clone()
             other[token] = torch.randn(other.shape[-1], generator=generator)
-            changed = ((run(index, other) - base).abs().amax(dim=-1) > TOLERANCE * size).nonzero().flatten().tolist()
+            changed = ((run({index: other}) - base).abs().amax(dim=-1) > TOLERANCE * size).nonzero().flatten().tolist()
             if not changed:
                 return "its output does not depend on all of them"
             (local_only if changed == [token] else spreading).append(index)
@@ -384,7 +323,7 @@ def try_attention(host: nn.Module, proposal: AttentionProposal, hidden: int, cal
         values = [
             index
             for index in spreading
-            if float((run(index, -2.0 * given[index].value) + 2 * base).abs().max()) <= TOLERANCE * size
+            if float((run({index: -2.0 * given[index]}) + 2 * base).abs().max()) <= TOLERANCE * size
         ] or [index for index in spreading if constant(index)]  # a norm on v hides that the output is linear in it
         if len(values) != 1:
             return "k and v cannot be told apart"

@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping, Set
 from copy import deepcopy
+from dataclasses import replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from secateur.errors import RequestError
 from secateur.files import atomic, write_json
-from secateur.network.anatomy import AXES, Axis, Block
+from secateur.network.anatomy import AXES, Axis, Block, Group
 from secateur.network.heterogeneous import BlockShape, heterogeneous_config
 from secateur.network.modelling_file import FILE, is_heterogeneous, model_files, plain_config
 from secateur.network.source import Source, skeleton
@@ -101,12 +102,12 @@ def _agree(
 
 def _block_shape(block: Block, sizes: Sizes) -> BlockShape:
     """What a block is to have."""
-    heads, kv_heads = _single_heads(block, sizes)
+    heads, kv_heads = single_heads(block, sizes)
     units, experts = (sizes[axis].get(block.index) for axis in ("neurons", "experts"))
     return BlockShape(units=units, heads=heads, kv_heads=kv_heads, experts=experts)
 
 
-def _single_heads(block: Block, sizes: Sizes) -> tuple[int | None, int | None]:
+def single_heads(block: Block, sizes: Sizes) -> tuple[int | None, int | None]:
     """How many heads, and how many of keys and values, a block is to have; None where they cannot be told apart."""
     attention, heads, kv_heads = block.attention, None, None
     if attention and attention.group:
@@ -117,6 +118,16 @@ def _single_heads(block: Block, sizes: Sizes) -> tuple[int | None, int | None]:
         if kept < (heads or attention.heads):  # heads that went have taken theirs along
             heads, kv_heads = kept, kv_heads or attention.kv_heads
     return heads, kv_heads
+
+
+def group_left(block: Block, axis: Axis, sizes: Sizes) -> Group | None:
+    """Its units of a kind; dimensions as they lie across the heads that are left of it."""
+    attention = block.attention
+    if axis != "head_dims" or attention is None or attention.dims is None:
+        return block.group(axis)
+    heads, kv_heads = single_heads(block, sizes)
+    dims = replace(attention.dims, heads=heads or attention.heads, kv_heads=kv_heads or attention.kv_heads)
+    return dims.group
 
 
 def each_alone(source: Source, sizes: Mapping[Axis, Mapping[int, int]]) -> dict[Axis, Mapping[int, int]]:
@@ -185,7 +196,7 @@ def _heads(raw: Mapping[str, Any], source: Source, new: Sizes, overridden: Set[s
     head held fast.
     """
     found = {
-        (block.attention.heads, block.attention.kv_heads, block.attention.head_dim, *_single_heads(block, new))
+        (block.attention.heads, block.attention.kv_heads, block.attention.head_dim, *single_heads(block, new))
         for block in source.anatomy.blocks
         if block.attention and (block.attention.group or block.attention.queries)
     }

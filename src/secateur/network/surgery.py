@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from secateur.errors import RunError
 from secateur.network.anatomy import Anatomy, Axis, Group
+from secateur.network.head_dims import NarrowHeads
 from secateur.network.views import Cut
 
 
@@ -90,11 +91,22 @@ def remade(group: Group, cut: Cut) -> tuple[str, ...]:
     return () if cut.makers is None else tuple(dict.fromkeys(part.parameter for part in group.inputs))
 
 
-def cut_module(model: nn.Module, anatomy: Anatomy, cuts: Mapping[tuple[int, Axis], Cut]) -> None:
-    """Applies cuts to a live model, in place, each named by block and axis; widths may differ between layers."""
+def cut_module(
+    model: nn.Module, anatomy: Anatomy, cuts: Mapping[tuple[int, Axis], Cut], heads: NarrowHeads | None = None
+) -> None:
+    """Applies cuts to a live model, in place, each named by block and axis; widths may differ between layers.
+
+    heads: what they lose of their dimensions, where one of the cuts is of these.
+    """
     for (index, axis), cut in cuts.items():
         group = anatomy.blocks[index].group(axis)
         assert group is not None, "a cut is only planned where there are such units"
+        if axis == "head_dims":
+            assert heads is not None, "it is known which dimensions go"
+            whole = {name: model.get_parameter(name).detach() for name in anatomy.blocks[index].parameters}
+            for name, tensor in heads.cut(index, whole, cut, lambda old: old.dtype).items():
+                replace_parameter(model, name, tensor)
+            continue
         for name in group.buffers:
             path, _, attribute = name.rpartition(".")
             model.get_submodule(path)._buffers[attribute] = model.get_buffer(name).index_select(0, cut.kept)

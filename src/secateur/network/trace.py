@@ -57,7 +57,7 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".removesuffix(".")
 
 
-class _PassThrough(nn.Module):
+class PassThrough(nn.Module):
     """Stands for a bank of experts, whose routing looks at values, which fake tensors lack."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -144,7 +144,7 @@ def trace(model: nn.Module, blocks: dict[int, str], opaque: Sequence[str]) -> di
         try:
             twin = clone(model, _fake, _fake)
             for path in opaque:
-                set_submodule(twin, path, _PassThrough())
+                set_submodule(twin, path, PassThrough())
             for index, path in blocks.items():
                 block = twin.get_submodule(path)
                 for name, module in block.named_modules():

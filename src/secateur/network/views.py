@@ -25,12 +25,15 @@ class Cut:
         output_bias: (hidden,) new output bias, or None to keep the old one.
         makers: what makes the kept units, new: for each of `Units.coupled` the same with k units in place of all; None to
             keep it as it is.
+        values: of the axis head_dims, where `kept` are pairs of dimensions of queries and keys: (kv_heads, 2 k) sorted
+            dimensions of values that stay in each head that has some.
     """
 
     kept: Tensor
     output: Tensor | None = None
     output_bias: Tensor | None = None
     makers: tuple[Tensor, ...] | None = None
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)

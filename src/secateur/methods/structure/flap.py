@@ -5,9 +5,11 @@ read for this: the metric is the variance of each input over tokens times the sq
 column (WIFV), and the removed mean is added to the output bias, b + W_R μ_R. OURS: the same number of units in every block
 unless `allocation: flap_search` standardises scores and compares them over all blocks, as FLAP does; and where
 the output matrix has no bias the mean is lost, because the configuration of such a model has no place for one (FLAP
-patches the model instead). A head's score is the sum of its columns'.
+patches the model instead). A head's score is the sum of its columns'. Of dimensions of queries and keys inside heads the
+keys of the tokens stand for the output matrix, and nothing takes over a mean.
 """
 
+from secateur.network.anatomy import COLUMN_AXES
 from secateur.registry import Cut, Moments, Units, method
 
 
@@ -18,6 +20,7 @@ from secateur.registry import Cut, Moments, Units, method
     claim="without retraining better than LLM-Pruner and Wanda-sp on LLaMA (recalled)",
     when="after training",
     speedup="universal",
+    axes=(*COLUMN_AXES, "head_dims"),
 )
 def flap(units: Units, moments: Moments, *, compensate: bool = True) -> Cut:
     """Keeps the units whose activations fluctuate most, weighted by their output columns.

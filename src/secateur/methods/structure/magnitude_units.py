@@ -22,7 +22,8 @@ def magnitude_units(units: Units, *, norm: Literal["first", "all"] = "first") ->
 
     Args:
         norm: first takes the unit's rows of the first matrix (gate, query), of an expert all its matrices as one; all takes
-            the product of the norms of its rows in every matrix and of its output columns, of an expert its router row.
+            the product of the norms of its rows in every matrix and of its output columns, of an expert its router row, of
+            a pair of dimensions inside heads those of queries and of keys.
     """
     scores = [rows.norm(dim=1) for rows in units.makers]
     if norm == "first":

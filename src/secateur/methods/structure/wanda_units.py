@@ -2,11 +2,13 @@
 
 The structured form of Wanda (Sun and others, arXiv:2306.11695) that FLAP (arXiv:2312.11983) and Bonsai use as a baseline
 and prior: |W_out,j| · ‖x_j‖ of the output matrix. Which norm of the column is taken differs between codes: the options
-below.
+below. OURS: for dimensions of queries and keys inside heads, the keys of the tokens stand for the matrix that reads queries,
+so that a pair's score is the sum over heads of ‖q_j‖² · ‖k_j‖².
 """
 
 from typing import Literal
 
+from secateur.network.anatomy import COLUMN_AXES
 from secateur.registry import Cut, InputNorms, Units, method
 
 
@@ -17,6 +19,7 @@ from secateur.registry import Cut, InputNorms, Units, method
     claim="none for whole units: a baseline of later papers",
     when="after training",
     speedup="universal",
+    axes=(*COLUMN_AXES, "head_dims"),
 )
 def wanda_units(
     units: Units, norms: InputNorms, *, norm: Literal["l2", "l1"] = "l2", over: Literal["sum", "mean"] = "sum"

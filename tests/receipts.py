@@ -12,7 +12,7 @@ def receipt(method: str = "flap", parameters: dict[str, Any] | None = None, **fi
     """
     made: dict[str, Any] = {
         "recipe": {"model": "org/base", "seed": 3, "dtype": None, "steps": [{method: parameters or {"ratio": 0.2}}]},
-        "source": {"model": "org/base", "base_model": "org/base", "licence": "apache-2.0", "sha256": {"m.safetensors": "ab12"}},
+        "source": {"model": "org/base", "base_model": "org/base", "licence": "apache-2.0", "sha256": {"m": "ab12"}},
         "decisions": [
             {
                 "step": 0,
@@ -27,7 +27,7 @@ def receipt(method: str = "flap", parameters: dict[str, Any] | None = None, **fi
                     },
                 },
                 "notes": {
-                    "calibration": {"data": "text.txt", "sequences": 8, "tokens": 2048, "held_out_tokens": 256, "sha256": "cd"},
+                    "calibration": {"data": "text.txt", "sequences": 8, "tokens": 2048, "held_out_tokens": 256},
                     "mean calibration error": 0.03,
                     "mean held out error": 0.035,
                 },
@@ -116,7 +116,10 @@ def pruned(method: str = "magnitude", **figures: Any) -> dict[str, Any]:
     made["decisions"][0].pop("units")
     made["decisions"][0]["notes"] = {}
     made["decisions"][0]["matrices"] = {name: {"removed": 5000, "of": 10000, "updated": False} for name in names}
-    made["stored"] = {"source": {"bytes": 269_000_000, "zstd": 250_000_000}, "result": {"bytes": 269_000_000, "zstd": 150_000_000}}
+    made["stored"] = {
+        "source": {"bytes": 269_000_000, "zstd": 250_000_000},
+        "result": {"bytes": 269_000_000, "zstd": 150_000_000},
+    }
     for key in ("parameters", "multiply_adds", "bytes_on_disk"):
         made["card"]["model"][key] = made["card"]["reference"][key]
     made["card"]["expected_gain"] = 0.0

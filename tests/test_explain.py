@@ -73,7 +73,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         receipt(decisions__0__units__neurons__4=unit(1213, 1536), card__speed=None),
         receipt(card__speed=None),
     ),
-    "tables": ("Embedding and head hold 24 %".replace(" %", "%"), receipt(shape__token_parameters=28_311_552), receipt()),
+    "tables": (
+        "Embedding and head hold 24 %".replace(" %", "%"),
+        receipt(shape__token_parameters=28_311_552),
+        receipt(),
+    ),
     "quantized source": (
         "secateur export",
         receipt(card__reference__disk_format="gguf", card__reference__bytes_on_disk=98_000_000),
@@ -221,7 +225,9 @@ def test_the_command(tmp_path: Any) -> None:
         ({"secateur.json": "[1]"}, "holds no mapping"),
         ({"secateur.json": '{"a": 1}'}, "is not the receipt of a run"),
         (
-            {"secateur.json": '{"recipe": {}, "source": {}, "decisions": [{"method": "x", "units": {"0": {"kept": 1}}}]}'},
+            {
+                "secateur.json": '{"recipe": {}, "source": {}, "decisions": [{"method": "x", "units": {"0": {"kept": 1}}}]}'
+            },
             "receipt of another version",
         ),
     ],
@@ -238,7 +244,17 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Any, files: dict[str, str]
 
 def test_old_receipts_lack_parts() -> None:
     made = receipt()
-    for key in ("shape", "card", "timings", "seconds", "peak_memory", "threads", "versions", "reload_check", "identity"):
+    for key in (
+        "shape",
+        "card",
+        "timings",
+        "seconds",
+        "peak_memory",
+        "threads",
+        "versions",
+        "reload_check",
+        "identity",
+    ):
         made.pop(key)
     for key in ("budget", "notes", "warnings"):
         made["decisions"][0].pop(key)

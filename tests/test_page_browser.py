@@ -25,7 +25,13 @@ def browser() -> Iterator[Any]:
 
     options = Options()
     options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,900"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1280,900",
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     opened = webdriver.Chrome(options=options, service=Service(DRIVER))
@@ -92,9 +98,17 @@ def test_text_has_contrast(at_width: Callable[..., Any]) -> None:
         opened = at_width(1280, dark)
         colours = opened.execute_script(
             "const s = getComputedStyle(document.documentElement);"
-            "return Object.fromEntries(['paper','raised','ink','muted','accent','second','mark'].map(n => [n, s.getPropertyValue('--' + n).trim()]))"
+            "const names = ['paper', 'raised', 'ink', 'muted', 'accent', 'second', 'mark'];"
+            "return Object.fromEntries(names.map(n => [n, s.getPropertyValue('--' + n).trim()]))"
         )
-        pairs = [("ink", "paper"), ("ink", "raised"), ("muted", "paper"), ("muted", "raised"), ("accent", "paper"), ("ink", "mark")]
+        pairs = [
+            ("ink", "paper"),
+            ("ink", "raised"),
+            ("muted", "paper"),
+            ("muted", "raised"),
+            ("accent", "paper"),
+            ("ink", "mark"),
+        ]
         for text, behind in pairs:
             assert _contrast(colours[text], colours[behind]) >= 4.5, (dark, text, behind)
         assert _contrast(colours["second"], colours["paper"]) >= 3  # of what is drawn
@@ -121,7 +135,10 @@ def test_tables_sort_by_numbers_and_words(at_width: Callable[..., Any]) -> None:
     ]
 
     def column(place: int) -> list[str]:
-        return [row.find_elements("css selector", "th, td")[place].text for row in made.find_elements("css selector", "tbody tr")]
+        return [
+            row.find_elements("css selector", "th, td")[place].text
+            for row in made.find_elements("css selector", "tbody tr")
+        ]
 
     heading = made.find_elements("css selector", "thead th")[2]
     button = heading.find_element("tag name", "button")

@@ -57,7 +57,11 @@ def _only_zeros(told: Told) -> Iterator[Sentence]:
         )
         stored = [told.number("stored", side, "bytes") for side in ("source", "result")]
         size = f", and its files take {human(stored[1])}" if stored[1] else ""
-        keys: list[Keys] = [(*layers[0].keys, "removed"), ("card", "model", "parameters"), ("stored", "result", "bytes")]
+        keys: list[Keys] = [
+            (*layers[0].keys, "removed"),
+            ("card", "model", "parameters"),
+            ("stored", "result", "bytes"),
+        ]
         yield told.say(
             f"{pruned} wrote {removed:,} zeros and nothing is smaller or faster for it{size}. To get a smaller network, remove "
             f"whole units instead, with {smaller}; to gain from zeros, store them compressed, or use --set pattern=2:4 on a "
@@ -158,9 +162,7 @@ def _most(layers: Sequence[Layer], blocks: Sequence[int]) -> list[Keys]:
     return found
 
 
-def _spare(
-    told: Told, index: int, method: Method | None, worst: Sequence[int], layers: Sequence[Layer]
-) -> str:
+def _spare(told: Told, index: int, method: Method | None, worst: Sequence[int], layers: Sequence[Layer]) -> str:
     """How to take less from some blocks, by the parameters that the method has."""
     if method is None or index >= len(told.steps):
         return ""
@@ -402,9 +404,20 @@ def _names(others: Sequence[Method], told: Told, most: int = 4) -> str:
 def _command(told: Told, index: int, method: Method, more: str = "", **changed: Any) -> str:
     """How to run a method on the same model, with what it takes of the settings of this step."""
     had: Mapping[str, Any] = told.steps[index].parameters if index < len(told.steps) else {}
-    known = {key: had[key] for key in ("ratio", "pattern", "remove") if had.get(key) is not None and key in method.schema.model_fields}
+    known = {
+        key: had[key]
+        for key in ("ratio", "pattern", "remove")
+        if had.get(key) is not None and key in method.schema.model_fields
+    }
     settings = " ".join(f"--set {key}={value}" for key, value in {**known, **changed}.items())
     if not more and told.learned(index):
         more = "--calibration FILE"
-    parts = ["secateur compress", str(told.at("source", "model")), f"--method {method.name}", settings, more, "--output NEW"]
+    parts = [
+        "secateur compress",
+        str(told.at("source", "model")),
+        f"--method {method.name}",
+        settings,
+        more,
+        "--output NEW",
+    ]
     return " ".join(part for part in parts if part)

@@ -239,7 +239,7 @@ def loads(
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="What compress or compare has written.")],
     output: Annotated[Path, typer.Option(help="The HTML file to write; an earlier report is replaced.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="Original and result go on from it; several may be given.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What both models go on from; repeat it for more.")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens they write.")] = 48,
     generate: Annotated[bool, typer.Option(help="Show what both write, which loads the models.")] = True,
     spectra: Annotated[bool, typer.Option(help="Show singular values before and after.")] = True,

@@ -1,7 +1,7 @@
 """Says of a finished run in plain words what was done, what it cost, what it gained, and what to try next.
 
-Everything is derived from the receipt alone, and each sentence names the figures of it that it rests on. What methods are and
-need is read from their cards in the registry.
+Everything is derived from the receipt alone, and each sentence names the figures of it that it rests on. What methods are
+and need is read from their cards in the registry.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +14,6 @@ from secateur.figures import matrix_layers, read_receipt, unit_layers
 from secateur.files import human
 from secateur.report import summary
 from secateur.telling import Sentence, Told, count, percent, times
-
-_CARD = ("card",)
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,10 @@ def _done(told: Told) -> Iterator[Sentence]:
     if told.at(*check):
         apart = told.number("reload_check", "largest_difference")
         said = f"The result was checked: {told.at(*check)}"
-        differs = "" if apart is None else f"; its logits differ by at most {apart:.1g} of the largest from those due"
+        differs = "" if apart is None else (
+            f"; its logits differ by at most {apart:.1g} of the largest from those due" if apart else
+            "; its logits are exactly those due"
+        )  # fmt: skip
         yield told.say(f"{said}{differs}.", check, ("reload_check", "largest_difference"))
 
 
@@ -84,11 +85,12 @@ def _step(told: Told, index: int) -> Iterator[Sentence]:
         if told.at("decisions", index, *keys) is not None:
             basis.append(("decisions", index, *keys))
     # the lines that the run printed, in the words that it printed them in
-    text = "; ".join(summary({"decisions": [{"units": {}, **decision}]}))
+    lines = summary({"decisions": [{"units": {}, **decision}]})
+    text = "; ".join(line.removeprefix(f"{decision['method']}: ") for line in lines)
     method = told.methods[index]
     known = f" ({method.summary.rstrip('.')}{f'; {method.paper}' if method.paper else ''})" if method else ""
     name = decision["method"]
-    yield told.say(f"{name}{known}{text.removeprefix(name)}.", *basis)
+    yield told.say(f"{name}{known}: {text}.", *basis)
     learned = ("decisions", index, "notes", "calibration")
     if told.at(*learned):
         data, sequences, tokens, beside = (
@@ -131,7 +133,9 @@ def _cost(told: Told) -> Iterator[Sentence]:
     seconds, memory = told.number("seconds"), told.number("peak_memory")
     if seconds is not None and memory is not None:
         yield told.say(
-            f"The run took {_duration(seconds)} and {human(memory)} of memory at its peak.", ("seconds",), ("peak_memory",)
+            f"The run took {_duration(seconds)} and {human(memory)} of memory at its peak.",
+            ("seconds",),
+            ("peak_memory",),
         )
     if told.at("code"):
         yield told.say(
@@ -170,11 +174,15 @@ def _diverging(told: Told) -> Iterator[Sentence]:
 
 
 def _gained(told: Told) -> Iterator[Sentence]:
-    for what, keys, show in (
+    measures: tuple[tuple[str, tuple[str, ...], Callable[[float], str]], ...] = (
         ("parameters", ("parameters",), lambda value: f"{value:,.0f}"),
         ("multiply-adds of reading a text", ("multiply_adds",), lambda value: f"{value / 1e9:,.3g} G"),
         ("memory to load and run it", ("memory", "peak"), human),
-    ):
+    )
+    for what, keys, show in measures:
+        # loading a GGUF file takes memory of its own, which says nothing of the model
+        if keys[0] == "memory" and told.at("card", "reference", "disk_format") == "gguf":
+            continue
         if (found := _against(told, what, keys, show)) is not None:
             yield found
     if told.at("card", "model") is None:
@@ -194,11 +202,9 @@ def _gained(told: Told) -> Iterator[Sentence]:
         )
 
 
-def _against(
-    told: Told, what: str, keys: tuple[str, ...], show: Callable[[float], str], card: tuple[str, ...] = _CARD
-) -> Sentence | None:
+def _against(told: Told, what: str, keys: tuple[str, ...], show: Callable[[float], str]) -> Sentence | None:
     """A figure of the result beside the reference's."""
-    here, there = (*card, "model", *keys), (*card, "reference", *keys)
+    here, there = ("card", "model", *keys), ("card", "reference", *keys)
     after, before = told.number(*here), told.number(*there)
     if after is None or not before:
         return None

@@ -97,8 +97,8 @@ class Told:
             if bits[0] and bits[1]:
                 return Loss(
                     before * (bits[0] / bits[1] - 1),
-                    f"Bits per byte went from {bits[1]:.4f} to {bits[0]:.4f} ({bits[0] / bits[1] - 1:+.1%}); perplexities do "
-                    "not compare, because the vocabularies differ",
+                    f"Bits per byte went from {bits[1]:.4f} to {bits[0]:.4f} ({bits[0] / bits[1] - 1:+.1%}); perplexities "
+                    "do not compare, because the vocabularies differ",
                     ((*ours, "bits_per_byte"), (*theirs, "bits_per_byte")),
                 )
         kl = self.number("card", "divergence", "kl")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from secateur.context import Progress, silent
 from secateur.errors import RequestError
@@ -23,6 +23,7 @@ from secateur.page.gather import Comparison, Run, gather
 from secateur.page.models import Shown, look
 from secateur.page.sections import overview, section
 from secateur.page.writing import PROMPTS, TOKENS
+from secateur.report import without_paths
 
 MARK = "<!-- written by secateur report -->"
 """In the first lines of every report: only such a file is written over."""
@@ -53,7 +54,8 @@ def write_report(
         output: the file, ending with .html; an earlier report is replaced, any other file is not.
         prompts: what original and result go on from, greedily, `tokens` tokens each.
         generate: show what both write; loads both models, one after the other.
-        spectra: show singular values of a few matrices before and after; no further one is begun after `seconds` for each run.
+        spectra: show singular values of a few matrices before and after.
+        seconds: for each run, after which no further spectrum is begun.
 
     Raises RequestError where a directory holds no finished run, or the file cannot be written over; nothing is written then.
     """
@@ -86,6 +88,7 @@ def _page(comparisons: Sequence[Comparison], runs: Sequence[Run], shown: Sequenc
         loader=jinja2.PackageLoader("secateur.page", "parts"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
+    environment.filters["with_code"] = with_code
     style, script = (_part(environment, name) for name in ("page.css", "page.js"))
     room = _RECEIPTS // max(len(runs), 1)
     text = environment.get_template("page.html").render(
@@ -97,7 +100,7 @@ def _page(comparisons: Sequence[Comparison], runs: Sequence[Run], shown: Sequenc
         version=version("secateur"),
         overview=overview(comparisons, runs),
         runs=[
-            section(run, seen, alone=len(runs) == 1, receipt=abridged(run.receipt, room))
+            section(run, seen, alone=len(runs) == 1, receipt=abridged(without_paths(run.receipt), room))
             for run, seen in zip(runs, shown, strict=True)
         ],
     )
@@ -108,6 +111,16 @@ def _page(comparisons: Sequence[Comparison], runs: Sequence[Run], shown: Sequenc
 def _part(environment: jinja2.Environment, name: str) -> str:
     assert environment.loader is not None
     return environment.loader.get_source(environment, name)[0]
+
+
+def with_code(text: str) -> Markup:
+    """A sentence in which what stands in `backticks` is set as code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # one that is not closed is a character as any other
+        return escape(text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part) for place, part in enumerate(parts)
+    )
 
 
 def _digest(text: str) -> str:

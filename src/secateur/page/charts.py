@@ -73,9 +73,10 @@ def bars(title: str, entries: Sequence[Bar], x_label: str, y_label: str, show: S
     """One upright bar for each entry, the part that is kept filled."""
     top = max([entry.of for entry in entries] or [1.0]) or 1.0
     svg = _picture(title)
-    scale = _axis_y(svg, 0.0, top, show, y_label)
+    counts = all(float(entry.of).is_integer() for entry in entries)
+    scale = _axis_y(svg, 0.0, top, show, y_label, least=1.0 if counts else 0.0)
     slot = _INNER / max(len(entries), 1)
-    width = max(slot * 0.8, 0.8)
+    width = min(max(slot * 0.8, 0.8), 48)
     for place, entry in enumerate(entries):
         x = LEFT + place * slot + (slot - width) / 2
         group = _add(svg, "g")
@@ -97,9 +98,7 @@ def lines(
     """A line for each series. log: y by powers of ten, where points at or below zero are left out. steps: y holds until the
     next x. zero: y begins at zero. marks: points are drawn too, where there are few.
     """
-    drawn = [
-        Series(each.name, [(x, y) for x, y in each.points if not log or y > 0], each.style) for each in series
-    ]
+    drawn = [Series(each.name, [(x, y) for x, y in each.points if not log or y > 0], each.style) for each in series]
     xs = [x for each in drawn for x, _ in each.points] or [0.0, 1.0]
     ys = [y for each in drawn for _, y in each.points] or [0.0, 1.0]
     svg = _picture(title)
@@ -129,7 +128,7 @@ def heat(
     """A cell for each row and column, the fuller the larger its value; empty where there is none."""
     left, low, high = 112, min(values.values()), max(values.values())
     side = min((WIDTH - left - RIGHT) / max(len(columns), 1), 22)
-    height = max(min(side, 18), 12)
+    height = max(min(side, 18), 14)
     svg = _picture(title, TOP + len(rows) * height + BOTTOM)
     for line, row in enumerate(rows):
         y = TOP + line * height
@@ -142,7 +141,9 @@ def heat(
                 continue
             # a fifth of the colour is left for the least, so that it is told from an empty cell
             strength = 0.2 + 0.8 * (value - low) / (high - low) if high > low else 0.6
-            cell = _add(svg, "rect", "cell", x=left + place * side, y=y, width=max(side - 0.8, 0.6), height=height - 0.8)
+            cell = _add(
+                svg, "rect", "cell", x=left + place * side, y=y, width=max(side - 0.8, 0.6), height=height - 0.8
+            )
             cell.set("fill-opacity", f"{strength:.3f}")
             _add(cell, "title").text = f"{row}, {x_label} {column}: {show(value)}"
     every = max(1, math.ceil(len(columns) / max(len(columns) * side // 26, 1)))
@@ -187,8 +188,7 @@ def _roomy(values: Sequence[float], log: bool) -> tuple[float, float]:
 
 
 def _picture(title: str, height: float = HEIGHT) -> ElementTree.Element:
-    svg = ElementTree.Element("svg", {"viewBox": f"0 0 {WIDTH} {height:g}", "role": "img", "aria-label": title})
-    return svg
+    return ElementTree.Element("svg", {"viewBox": f"0 0 {WIDTH} {height:g}", "role": "img", "aria-label": title})
 
 
 def _add(parent: ElementTree.Element, tag: str, style: str = "", **attributes: float | str) -> ElementTree.Element:
@@ -211,12 +211,12 @@ def _done(svg: ElementTree.Element) -> Markup:
 
 
 def _axis_y(
-    svg: ElementTree.Element, low: float, high: float, show: Show, label: str, log: bool = False
+    svg: ElementTree.Element, low: float, high: float, show: Show, label: str, log: bool = False, least: float = 0.0
 ) -> Callable[[float], float]:
     """Draws the axis with its lines; returns where a value lies."""
     if not high > low:
         low, high = (low / 2, low * 2) if log else (low, low + 1)
-    places = log_ticks(low, high) if log else ticks(low, high, 4)
+    places = log_ticks(low, high) if log else ticks(low, high, 4, least)
     if not log:
         high = max(high, places[-1])
     height = HEIGHT - TOP - BOTTOM
@@ -254,11 +254,13 @@ def _labels_x(svg: ElementTree.Element, labels: Sequence[str], slot: float, labe
     _text(svg, LEFT + _INNER / 2, HEIGHT - 5, label, "middle", "label")
 
 
-def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers from `low` on, apart by 1, 2 or 5 times a power of ten; the last may lie above `high`."""
+def ticks(low: float, high: float, about: int, least: float = 0.0) -> list[float]:
+    """Round numbers from `low` on, apart by 1, 2 or 5 times a power of ten and by `least` at least; the last may lie above
+    `high`.
+    """
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    step = max(next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999), least)
     first = math.ceil(low / step - 1e-9)
     found = [first * step]
     while found[-1] < high * (1 - 1e-9):

@@ -80,5 +80,3 @@ def _comparison(directory: Path, add: Any) -> Comparison:
         if row.get("result") and inside and (result / RECEIPT).is_file():
             runs[place] = add(result, str(row["name"]))
     return Comparison(directory.resolve().name, told, rows, runs)
-
-

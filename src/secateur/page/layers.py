@@ -29,9 +29,9 @@ def cut_charts(receipt: Mapping[str, Any], step: int) -> list[Chart]:
     ]  # fmt: skip
     if blocks := decision.get("blocks"):
         charts.append(_blocks(blocks))
-    totals = [(name, decision[key]) for key, name in (("channels", "channels of the residual stream"),
-                                                      ("vocabulary", "tokens of the vocabulary")) if decision.get(key)]  # fmt: skip
-    for name, told in totals:
+    for key, name in (("channels", "channels of the residual stream"), ("vocabulary", "tokens of the vocabulary")):
+        if not (told := decision.get(key)):
+            continue
         hint = f"{told['kept']:,} of {told['of']:,} {name} kept, {percent(1 - told['kept'] / told['of'])} removed"
         charts.append(bars(_capital(name), [Bar(f"{told['kept']:,} of {told['of']:,}", told["kept"], told["of"], hint)],
                            "", "how many"))  # fmt: skip
@@ -89,7 +89,9 @@ def error_charts(receipt: Mapping[str, Any], step: int) -> list[Chart]:
     rated = [layer for layer in matrices if layer.error is not None and layer.block is not None]
     if rated:
         held = any(layer.held_out is not None for layer in rated)
-        charts.append(_heat(f"Error of each matrix on {'held-out tokens' if held else 'tokens it learned from'}", rated, "error"))
+        charts.append(
+            _heat(f"Error of each matrix on {'held-out tokens' if held else 'tokens it learned from'}", rated, "error")
+        )
     return charts
 
 

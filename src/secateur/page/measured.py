@@ -65,7 +65,10 @@ def _rate(value: float) -> str:
 def card_notes(card: Card) -> list[str]:
     """What a reader of the figures must know: protocols, and the card's own notes."""
     said = []
-    for what, keys in (("Perplexity", ("model", "perplexity", "protocol")), ("KL and same first token", ("divergence", "protocol"))):
+    for what, keys in (
+        ("Perplexity", ("model", "perplexity", "protocol")),
+        ("KL and same first token", ("divergence", "protocol")),
+    ):
         protocol = at(card, keys)
         if protocol and not (said and protocol == at(card, ("model", "perplexity", "protocol"))):
             said.append(f"{what}: {_protocol(protocol)}.")
@@ -117,7 +120,9 @@ def _score(value: float | None, error: Any, form: str = ".3f") -> Cell:
 def survival(card: Card) -> list[tuple[float, float]]:
     """(position, share of the continuations that have not left the original's by then)."""
     curve = at(card, ("divergent", "survival")) or []
-    return [(float(entry[0]), float(entry[1])) for entry in curve if isinstance(entry, list | tuple) and len(entry) == 2]
+    return [
+        (float(entry[0]), float(entry[1])) for entry in curve if isinstance(entry, list | tuple) and len(entry) == 2
+    ]
 
 
 def divergence_chart(cards: Mapping[str, Card]) -> Chart | None:

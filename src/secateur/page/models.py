@@ -10,7 +10,7 @@ from secateur.figures import at
 from secateur.files import human
 from secateur.network.source import open_model
 from secateur.page.gather import Run
-from secateur.page.originals import Absent, Original, open_original
+from secateur.page.originals import AbsentError, Original, open_original
 from secateur.page.spectra import Spectrum, spectra
 from secateur.page.writing import Pair, Written, side_by_side, write
 from secateur.run import free_memory
@@ -70,7 +70,7 @@ def _open(run: Run, work: Path, trust_remote_code: bool) -> _Known:
     work.mkdir()
     try:
         return _Known(open_original(run.receipt, work, trust_remote_code))
-    except Absent as reason:
+    except AbsentError as reason:
         return _Known(absent=_reason(reason, run))
 
 

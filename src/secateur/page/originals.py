@@ -11,7 +11,7 @@ from secateur.figures import at
 from secateur.network.source import Source, open_model
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """Why something that a page would show is not there: the end of a sentence."""
 
 
@@ -24,24 +24,24 @@ class Original:
 
 
 def open_original(receipt: Mapping[str, Any], work: Path, trust_remote_code: bool = False) -> Original:
-    """The model that a run read. work: an empty folder for what must be converted first. Raises Absent with the reason.
+    """The model that a run read. work: an empty folder for what must be converted first. Raises AbsentError with the reason.
 
     A model of the hub is opened only if it lies on this machine: a report is no reason to download one.
     """
     named, known = str(at(receipt, ("source", "model"))), at(receipt, ("identity", "source")) or []
     if at(receipt, ("recipe", "model")) is None and not Path(named).exists():
-        raise Absent("the original was a module in memory")
+        raise AbsentError("the original was a module in memory")
     try:
         source = open_model(_here(named), trust_remote_code=trust_remote_code)
         read = {entry[0]: entry[1] for entry in known if isinstance(entry, list) and len(entry) == 3}
         now = {entry[0]: entry[1] for entry in source.quick_print()}
         weights = [name for name in read if name.endswith((".safetensors", ".bin", ".gguf"))]
         if changed := [name for name in weights if now.get(name) != read[name]]:
-            raise Absent(f"{changed[0]} of the original {named} is no longer the file that the run read")
+            raise AbsentError(f"{changed[0]} of the original {named} is no longer the file that the run read")
         if not source.tensors:
             source = open_model(_here(named), work=work, trust_remote_code=trust_remote_code)
     except SecateurError as error:
-        raise Absent(f"the original cannot be opened: {str(error).rstrip('.')}") from error
+        raise AbsentError(f"the original cannot be opened: {str(error).rstrip('.')}") from error
     converted = work / "source"
     return Original(str(converted) if converted.is_dir() else _here(named), source)
 

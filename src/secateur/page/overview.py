@@ -33,7 +33,9 @@ class Entry:
     def size(self, what: str) -> float | None:
         """Its "parameters", "multiply_adds" or "bytes"."""
         own = number(self.achieved.get(what))
-        return own if own is not None else number(at(self.card, ("model", "bytes_on_disk" if what == "bytes" else what)))
+        return (
+            own if own is not None else number(at(self.card, ("model", "bytes_on_disk" if what == "bytes" else what)))
+        )
 
     def gain(self, phase: str) -> float | None:
         return number(at(self.card, ("speed", phase, "gain", "median")))
@@ -101,7 +103,13 @@ def pareto_charts(entries: Sequence[Entry]) -> list[Chart]:
                 continue
             front = pareto_front([(x, y) for _, x, y in known])
             marks = [
-                Point(x, y, str(entry.number), f"{entry.name}: {what} {show(x)}, {quality} {plain(y)}", front=place in front)
+                Point(
+                    x,
+                    y,
+                    str(entry.number),
+                    f"{entry.name}: {what} {show(x)}, {quality} {plain(y)}",
+                    front=place in front,
+                )
                 for place, (entry, x, y) in enumerate(known)
             ]
             origin = _origin(known[0][0], keys, whole_model)
@@ -110,7 +118,9 @@ def pareto_charts(entries: Sequence[Entry]) -> list[Chart]:
                 marks.insert(0, Point(*origin, "0", hint, "before"))
             ys = [mark.y for mark in marks]
             wide = min(ys) > 0 and max(ys) / min(ys) > 20
-            made = scatter(f"{quality[:1].upper()}{quality[1:]} against {what}", marks, what, quality, log=wide, show_x=show)
+            made = scatter(
+                f"{quality[:1].upper()}{quality[1:]} against {what}", marks, what, quality, log=wide, show_x=show
+            )
             said = "Numbers as in the table; less is better in both; joined are the runs that no other beats in both."
             charts.append(Chart(made.title, made.svg, made.legend, said + (" 0 is the original." if origin else "")))
         if charts:
@@ -127,12 +137,12 @@ def _alike(entries: Sequence[Entry], keys: tuple[str, ...], protocol: tuple[str,
     return max(groups.values(), key=len, default=[])
 
 
-def _origin(
-    entry: Entry, keys: tuple[str, ...], size: tuple[str, ...] | None
-) -> tuple[float, float] | None:
+def _origin(entry: Entry, keys: tuple[str, ...], size: tuple[str, ...] | None) -> tuple[float, float] | None:
     """Where the original lies: its own perplexity, or no divergence from itself."""
     quality = number(at(entry.card, ("reference", *keys[1:]))) if keys[0] == "model" else None
     x = 1.0 if size is None else number(at(entry.card, ("reference", *size)))
-    if size == ("bytes_on_disk",) and at(entry.card, ("reference", "disk_format")) != at(entry.card, ("model", "disk_format")):
+    if size == ("bytes_on_disk",) and at(entry.card, ("reference", "disk_format")) != at(
+        entry.card, ("model", "disk_format")
+    ):
         return None  # a quantized file beside floats
     return (x, quality) if x is not None and quality is not None else None

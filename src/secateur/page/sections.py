@@ -143,7 +143,9 @@ def _facts_of(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{str(key).replace('_', ' ')} {_plain(entry)}" for key, entry in value.items() if entry is not None)
+        return ", ".join(
+            f"{str(key).replace('_', ' ')} {_plain(entry)}" for key, entry in value.items() if entry is not None
+        )
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
     return str(value)
@@ -207,18 +209,25 @@ def _tiles(receipt: Mapping[str, Any], card: Mapping[str, Any]) -> list[Tile]:
     if (agreement := number(at(card, ("divergence", "agreement")))) is not None:
         tiles.append(Tile("same first token", percent(agreement), "as the original"))
     for phase, label in (("prefill", "reading"), ("decode", "writing")):
-        if (gain := number(at(card, ("speed", phase, "gain", "median")))) is not None:
-            tiles.append(Tile(f"{label} speed", change(gain), f"{phase}, tokens a second"))
+        gain, lower, upper = (number(at(card, ("speed", phase, "gain", key))) for key in ("median", "lower", "upper"))
+        if gain is not None and lower is not None and upper is not None:
+            tiles.append(Tile(f"speed of {label}", change(gain), f"{change(lower)} to {change(upper)}"))
     return tiles
 
 
 def _spectrum_chart(spectrum: Spectrum) -> Chart:
     named = (f"original, {_shape(spectrum.shapes[0])}", f"result, {_shape(spectrum.shapes[1])}")
     series = [
-        Series(name, curve, style) for name, curve, style in zip(named, spectrum.curves, ("before", "after"), strict=True)
+        Series(name, curve, style)
+        for name, curve, style in zip(named, spectrum.curves, ("before", "after"), strict=True)
     ]
     return lines(
-        spectrum.name.removesuffix(".weight"), series, "rank, of all", "singular value", log=True, show_x=lambda x: f"{x:.0%}"
+        spectrum.name.removesuffix(".weight"),
+        series,
+        "rank, of all",
+        "singular value",
+        log=True,
+        show_x=lambda x: f"{x:.0%}",
     )
 
 
@@ -245,7 +254,9 @@ def _facts(receipt: Mapping[str, Any]) -> Table:
         rows.append((text(f"sha256 of {name}"), text(digest)))
     check = receipt.get("reload_check") or {}
     rows.append((text("reload check"), text(check.get("how"))))
-    rows.append((text("largest relative difference"), figure(check.get("largest_difference"), lambda value: f"{value:.2g}")))
+    rows.append(
+        (text("largest relative difference"), figure(check.get("largest_difference"), lambda value: f"{value:.2g}"))
+    )
     for name, seconds in (receipt.get("timings") or {}).items():
         rows.append((text(name), figure(seconds, lambda value: f"{value:,.1f} s")))
     rows.append((text("whole run"), figure(receipt.get("seconds"), lambda value: f"{value:,.1f} s")))

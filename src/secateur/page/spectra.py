@@ -49,7 +49,9 @@ def spectra(
     refs, was = (matrices(source.skeleton, source.anatomy) for source in (result, original))
     count, begun = len(refs), clock()
     for block in sorted({0, count // 2, count - 1}):
-        before = {ref.name.removeprefix(original.anatomy.blocks[came_from[block]].path): ref for ref in was[came_from[block]]}
+        before = {
+            ref.name.removeprefix(original.anatomy.blocks[came_from[block]].path): ref for ref in was[came_from[block]]
+        }
         for ref in _shown(result, block, refs[block]):
             other = before.get(ref.name.removeprefix(result.anatomy.blocks[block].path))
             if other is None:
@@ -94,7 +96,10 @@ def blocks_left(receipt: Mapping[str, Any], count: int) -> list[int]:
 def _shown(source: Source, block: int, refs: Sequence[MatrixRef]) -> list[MatrixRef]:
     """The matrices that read units: the output of attention, of the feed-forward layer, or of the first expert."""
     found = source.anatomy.blocks[block]
-    outputs = [*(found.attention.o if found.attention else ()), *([found.feed_forward.down.parameter] if found.feed_forward else ())]
+    outputs = [
+        *(found.attention.o if found.attention else ()),
+        *([found.feed_forward.down.parameter] if found.feed_forward else ()),
+    ]
     shown = [ref for ref in refs if ref.parameter in outputs]
     # the last of an expert's matrices is its output
     experts = [ref for ref in refs if ref.role == "expert" and ref.expert in (0, None)]

@@ -65,8 +65,8 @@ def percent(value: float) -> str:
 
 
 def change(value: float) -> str:
-    """A change, with its sign."""
-    return f"{100 * value:+.1f} %"
+    """A change, with its sign; "none" where there is none at all."""
+    return f"{100 * value:+.1f} %" if value else "none"
 
 
 def plain(value: float) -> str:

@@ -63,8 +63,8 @@ def _only_zeros(told: Told) -> Iterator[Sentence]:
             ("stored", "result", "bytes"),
         ]
         yield told.say(
-            f"{pruned} wrote {removed:,} zeros and nothing is smaller or faster for it{size}. To get a smaller network, remove "
-            f"whole units instead, with {smaller}; to gain from zeros, store them compressed, or use --set pattern=2:4 on a "
+            f"{pruned} wrote {removed:,} zeros and nothing is smaller or faster for it{size}. To get a smaller network, "
+            f"remove whole units instead, with {smaller}; to gain from zeros, store them compressed, or use --set pattern=2:4 on a "
             "device with kernels for it (secateur.to_semi_structured).",
             *keys,
         )
@@ -81,8 +81,8 @@ def _without_text(told: Told) -> Iterator[Sentence]:
         others = [other for other in _alike(told, index, method) if _reads_text(other)]
         if others:
             yield told.say(
-                f"{loss.text}, and {method.name} read no text. Methods that do lose less as a rule: {_names(others, told)}, as "
-                f"in `{_command(told, index, _best(others), '--calibration FILE')}`.",
+                f"{loss.text}, and {method.name} read no text. Methods that do lose less as a rule: {_names(others, told)}, "
+                f"as in `{_command(told, index, _best(others), '--calibration FILE')}`.",
                 *loss.keys, ("decisions", index, "method"),
             )  # fmt: skip
 
@@ -101,8 +101,8 @@ def _few_samples(told: Told) -> Iterator[Sentence]:
         if other / seen > APART:
             yield told.say(
                 f"{name}: the error on held-out tokens is {times(other / seen)} that on the tokens it learned from "
-                f"({percent(other)} against {percent(seen)}): {had} sequences ({told.at(*tokens):,} tokens) were too few. Give it "
-                f"more, such as --samples {4 * had}.",
+                f"({percent(other)} against {percent(seen)}): {had} sequences ({told.at(*tokens):,} tokens) were too few. "
+                f"Give it more, such as --samples {4 * had}.",
                 learned, apart, sequences, tokens,
             )  # fmt: skip
         elif other / seen < ALIKE and loss is not None and loss.nats > MUCH:
@@ -123,8 +123,8 @@ def _repair(told: Told) -> Iterator[Sentence]:
             continue
         if others := [other for other in _alike(told, index, method) if _rewrites(other)]:
             yield told.say(
-                f"{loss.text}. {method.name} does not ask for the second moment of the inputs, from which kept weights can make "
-                f"up for what goes; methods that do: {_names(others, told)}, as in "
+                f"{loss.text}. {method.name} does not ask for the second moment of the inputs, from which kept weights can "
+                f"make up for what goes; methods that do: {_names(others, told)}, as in "
                 f"`{_command(told, index, _best(others), '--calibration FILE')}`.",
                 *loss.keys, ("decisions", index, "method"),
             )  # fmt: skip
@@ -197,8 +197,8 @@ def _slower_than_promised(told: Told) -> Iterator[Sentence]:
     odd, where = _odd_width(told)
     if upper >= expected:
         yield told.say(
-            f"{said}, but the quartiles ({lower:+.0%} to {upper:+.0%}) reach that far: the machine was busy or the runs were "
-            "too few; measure again on a quiet one, with `secateur evaluate … --pairs 30`.",
+            f"{said}, but the quartiles ({lower:+.0%} to {upper:+.0%}) reach that far: the machine was busy or the runs "
+            "were too few; measure again on a quiet one, with `secateur evaluate … --pairs 30`.",
             *keys,
         )
     elif odd:
@@ -211,8 +211,8 @@ def _slower_than_promised(told: Told) -> Iterator[Sentence]:
         size = told.number("card", "model", "parameters")
         small = f" in a model of {size / 1e6:,.0f} M parameters" if size else ""
         yield told.say(
-            f"{said}: what they do not count (norms, softmax, the cost of each call, reading the weights) has not shrunk with "
-            f"them{small}; larger models, longer inputs or whole blocks removed come nearer.",
+            f"{said}: what they do not count (norms, softmax, the cost of each call, reading the weights) has not shrunk "
+            f"with them{small}; larger models, longer inputs or whole blocks removed come nearer.",
             *keys, ("card", "model", "parameters"),
         )  # fmt: skip
 
@@ -276,8 +276,8 @@ def _budget(told: Told) -> Iterator[Sentence]:
         if after and goal and abs(after / goal - 1) > MISSED:
             yield told.say(
                 f"{told.at('decisions', index, 'method')} was asked for {goal:,.0f} {measure.replace('_', '-')} and reached "
-                f"{after:,.0f} ({after / goal - 1:+.1%}): widths move in steps; a smaller multiple_of, or more kinds of units "
-                "(axis), come nearer.",
+                f"{after:,.0f} ({after / goal - 1:+.1%}): widths move in steps; a smaller multiple_of, or more kinds of "
+                "units (axis), come nearer.",
                 (*asked, "target"), (*reached, measure, "after"),
             )  # fmt: skip
 
@@ -409,7 +409,8 @@ def _command(told: Told, index: int, method: Method, more: str = "", **changed: 
         for key in ("ratio", "pattern", "remove")
         if had.get(key) is not None and key in method.schema.model_fields
     }
-    settings = " ".join(f"--set {key}={value}" for key, value in {**known, **changed}.items())
+    wanted: dict[str, Any] = {**known, **changed}
+    settings = " ".join(f"--set {key}={value}" for key, value in wanted.items())
     if not more and told.learned(index):
         more = "--calibration FILE"
     parts = [

@@ -13,7 +13,7 @@ from secateur.advice import advice
 from secateur.figures import matrix_layers, read_receipt, unit_layers
 from secateur.files import human
 from secateur.report import summary
-from secateur.telling import Sentence, Told, count, percent, times
+from secateur.telling import Keys, Sentence, Told, count, percent, times
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _done(told: Told) -> Iterator[Sentence]:
 
 def _step(told: Told, index: int) -> Iterator[Sentence]:
     decision = told.at("decisions", index)
-    basis = [("decisions", index, "method")]
+    basis: list[Keys] = [("decisions", index, "method")]
     layers = [*matrix_layers(told.receipt, index), *(y for x in unit_layers(told.receipt, index).values() for y in x)]
     basis += [(*layers[0].keys, key) for key in ("kept", "removed", "of") if layers and told.at(*layers[0].keys, key)]
     for keys in (("blocks", "removed"), ("blocks", "of"), ("vocabulary", "kept"), ("vocabulary", "of"),

@@ -121,12 +121,12 @@ def layer_tables(receipt: Mapping[str, Any], step: int) -> list[Table]:
     if blocks := at(receipt, ("decisions", step, "blocks")):
         scores = {int(index): entry for index, entry in blocks["scores"].items()}
         gone = set(blocks["removed"])
-        rows = [
+        told = [
             (Cell(str(index), index), text("removed" if index in gone else "kept"),
              figure(scores.get(index), lambda value: f"{value:.4g}"))
             for index in sorted([*blocks["kept"], *gone])
         ]  # fmt: skip
-        tables.append(table(f"{method}: block by block", ("block", "", "score"), rows, MOST_ROWS))
+        tables.append(table(f"{method}: block by block", ("block", "", "score"), told, MOST_ROWS))
     return tables
 
 

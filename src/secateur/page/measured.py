@@ -64,18 +64,16 @@ def _rate(value: float) -> str:
 
 def card_notes(card: Card) -> list[str]:
     """What a reader of the figures must know: protocols, and the card's own notes."""
-    said = []
-    for what, keys in (
-        ("Perplexity", ("model", "perplexity", "protocol")),
-        ("KL and same first token", ("divergence", "protocol")),
-    ):
-        protocol = at(card, keys)
-        if protocol and not (said and protocol == at(card, ("model", "perplexity", "protocol"))):
-            said.append(f"{what}: {_protocol(protocol)}.")
+    said: list[str] = []
+    of_text, of_shift = at(card, ("model", "perplexity", "protocol")), at(card, ("divergence", "protocol"))
+    if of_text:
+        said.append(f"Perplexity: {_protocol(of_text)}.")
+    if of_shift and of_shift != of_text:
+        said.append(f"KL and same first token: {_protocol(of_shift)}.")
     if speed := at(card, ("speed",)):
         said.append(
-            f"Speed: {speed.get('pairs')} turns of each in alternating order, batch 1, {speed.get('dtype')}, "
-            f"{speed.get('device')}, {speed.get('threads')} threads; medians."
+            f"Speed: {speed.get('pairs')} turns of each in alternating order, batch {speed.get('batch') or 1}, "
+            f"{speed.get('dtype')}, {speed.get('device')}, {speed.get('threads')} threads; medians."
         )
     return [*said, *map(str, at(card, ("notes",)) or ())]
 

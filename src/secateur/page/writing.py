@@ -100,7 +100,7 @@ def side_by_side(prompt: str, original: Written, result: Written) -> Pair:
     rests = [_words("".join(written.pieces[shared:])) for written in (original, result)]
     left, right = [(start, False)], [(start, False)]
     # without "junk", by which words that occur often would be passed over
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, *rests, autojunk=False).get_opcodes():
+    for kind, a, b, c, d in difflib.SequenceMatcher(a=rests[0], b=rests[1], autojunk=False).get_opcodes():
         left.append(("".join(rests[0][a:b]), kind != "equal"))
         right.append(("".join(rests[1][c:d]), kind != "equal"))
     return Pair(prompt, shared, _told(left), _told(right))

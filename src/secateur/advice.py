@@ -64,8 +64,8 @@ def _only_zeros(told: Told) -> Iterator[Sentence]:
         ]
         yield told.say(
             f"{pruned} wrote {removed:,} zeros and nothing is smaller or faster for it{size}. To get a smaller network, "
-            f"remove whole units instead, with {smaller}; to gain from zeros, store them compressed, or use --set pattern=2:4 on a "
-            "device with kernels for it (secateur.to_semi_structured).",
+            f"remove whole units instead, with {smaller}; to gain from zeros, store them compressed, or use --set "
+            "pattern=2:4 on a device with kernels for it (secateur.to_semi_structured).",
             *keys,
         )
 

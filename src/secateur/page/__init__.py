@@ -100,7 +100,9 @@ def _page(comparisons: Sequence[Comparison], runs: Sequence[Run], shown: Sequenc
         version=version("secateur"),
         overview=overview(comparisons, runs),
         runs=[
-            section(run, seen, alone=len(runs) == 1, receipt=abridged(without_paths(run.receipt), room))
+            section(
+                run, seen, alone=len(runs) == 1 and not comparisons, receipt=abridged(without_paths(run.receipt), room)
+            )
             for run, seen in zip(runs, shown, strict=True)
         ],
     )

@@ -172,8 +172,9 @@ def scatter(
     for point in points:
         group = _add(svg, "g")
         _add(group, "title").text = point.hint
-        _add(group, "circle", f"point {point.style}", cx=scale_x(point.x), cy=scale_y(point.y), r=8)
-        _text(group, scale_x(point.x), scale_y(point.y) + 3.4, point.label, "middle", f"number {point.style}")
+        style = point.style if point.front or point.style != "after" else "beside"
+        _add(group, "circle", f"point {style}", cx=scale_x(point.x), cy=scale_y(point.y), r=8)
+        _text(group, scale_x(point.x), scale_y(point.y) + 3.4, point.label, "middle", f"number {style}")
     return Chart(title, _done(svg))
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from secateur.figures import Layer, at, by_block, kind_of, matrix_layers, number, unit_layers
 from secateur.page.charts import Bar, Chart, Series, bars, brief, heat, lines
-from secateur.page.tables import Cell, Table, figure, percent, table, text, whole
+from secateur.page.tables import Cell, Table, figure, percent, share, table, text, whole
 from secateur.report import UNITS
 
 MOST_ROWS = 320
@@ -84,7 +84,7 @@ def error_charts(receipt: Mapping[str, Any], step: int) -> list[Chart]:
         ]
         series = [each for each in series if each.points]
         if series:
-            charts.append(lines(title, series, "block", "relative error", show=percent, show_x=lambda x: f"{x:.0f}",
+            charts.append(lines(title, series, "block", "relative error", show=share, show_x=lambda x: f"{x:.0f}",
                                 marks=True))  # fmt: skip
     rated = [layer for layer in matrices if layer.error is not None and layer.block is not None]
     if rated:

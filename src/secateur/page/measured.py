@@ -7,7 +7,7 @@ from typing import Any
 from secateur.figures import at, number
 from secateur.files import human
 from secateur.page.charts import Chart, Series, lines
-from secateur.page.tables import ABSENT, Cell, Table, change, figure, percent, plain, table, text, whole
+from secateur.page.tables import ABSENT, Cell, Table, change, figure, percent, plain, share, table, text, whole
 
 Card = Mapping[str, Any]
 
@@ -134,6 +134,6 @@ def divergence_chart(cards: Mapping[str, Card]) -> Chart | None:
     if not series:
         return None
     return lines(
-        "Continuations that still are the original's", series[:len(styles)], "token", "share", steps=True, show=percent,
+        "Continuations that still are the original's", series[:len(styles)], "token", "share", steps=True, show=share,
         show_x=lambda x: f"{x:.0f}",
     )  # fmt: skip

@@ -8,7 +8,7 @@ from secateur.evaluation.pareto import pareto_front
 from secateur.figures import at, number
 from secateur.files import human
 from secateur.page.charts import Chart, Point, brief, scatter
-from secateur.page.tables import Cell, Table, change, figure, percent, plain, table, text, whole
+from secateur.page.tables import Cell, Table, change, figure, percent, plain, share, table, text, whole
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ def overview_table(entries: Sequence[Entry]) -> Table:
         failed = "" if entry.status == "done" else f"{entry.status}: {entry.error}".rstrip(": ")
         rows.append((
             Cell(entry.name, entry.name, entry.anchor), Cell(str(entry.number), entry.number), text(entry.methods or None),
+            text(failed or None),
             figure(entry.size("parameters"), whole), figure(_less(entry, "parameters"), change),
             figure(entry.size("multiply_adds"), brief), figure(entry.size("bytes"), human),
             figure(at(card, ("model", "perplexity", "perplexity")), plain),
             figure(at(card, ("divergence", "kl")), plain), figure(at(card, ("divergence", "agreement")), percent),
             figure(entry.gain("prefill"), change), figure(entry.gain("decode"), change),
             figure(entry.seconds, lambda value: f"{value:,.0f} s"), figure(entry.peak_memory, human),
-            text(failed or None),
         ))  # fmt: skip
     columns = (
-        "run", "no.", "methods", "parameters", "of the original", "multiply-adds", "bytes", "perplexity", "KL, nats",
-        "same first token", "prefill gain", "decoding gain", "time", "memory", "failed",
+        "run", "no.", "methods", "not done", "parameters", "of the original", "multiply-adds", "bytes", "perplexity",
+        "KL, nats", "same first token", "prefill gain", "decoding gain", "time", "memory",
     )  # fmt: skip
     return table("The runs", columns, rows)
 
@@ -78,7 +78,7 @@ def _seconds(entry: Entry) -> float | None:
 _SIZES: tuple[tuple[str, Callable[[Entry], float | None], tuple[str, ...] | None, Callable[[float], str]], ...] = (
     ("parameters", lambda entry: entry.size("parameters"), ("parameters",), brief),
     ("bytes on disk", lambda entry: entry.size("bytes"), ("bytes_on_disk",), human),
-    ("time to read, of the original's", _seconds, None, percent),
+    ("time to read, of the original's", _seconds, None, share),
 )
 
 
@@ -121,7 +121,7 @@ def pareto_charts(entries: Sequence[Entry]) -> list[Chart]:
             made = scatter(
                 f"{quality[:1].upper()}{quality[1:]} against {what}", marks, what, quality, log=wide, show_x=show
             )
-            said = "Numbers as in the table; less is better in both; joined are the runs that no other beats in both."
+            said = "Numbers as in the table; less is better in both; filled are the runs that no other beats in both."
             charts.append(Chart(made.title, made.svg, made.legend, said + (" 0 is the original." if origin else "")))
         if charts:
             return charts

@@ -64,6 +64,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.2g} %" if 0 < abs(value) < 0.01 else f"{100 * value:.1f} %"
 
 
+def share(value: float) -> str:
+    """A share as short as can be, for an axis."""
+    return f"{100 * value:.3g} %"
+
+
 def change(value: float) -> str:
     """A change, with its sign; "none" where there is none at all."""
     return f"{100 * value:+.1f} %" if value else "none"

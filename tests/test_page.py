@@ -200,10 +200,13 @@ def test_a_comparison_is_a_table_with_its_failures_and_fronts(tmp_path: Path) ->
     page = Page(write_report([_compared(tmp_path)], tmp_path / "page.html", generate=False, spectra=False))
     assert "refused: it ties its head." in page.text
     assert "small: parameters 90M, perplexity 60" in page.text
+    # a row that was kept is told by its row's card, which was completed later, and not by its receipt's
+    assert "Perplexity rose from 29 to 60" in page.text
     charts = [tag["aria-label"] for tag in page.attributes("svg") if tag.get("role") == "img"]
     assert charts[:2] == ["Perplexity against parameters", "Perplexity against bytes on disk"]
     fronts = re.findall(r'class="line front" d="([^"]+)"', page.source)
-    assert [front.count("H") for front in fronts[:2]] == [1, 1]  # from "small" to "large", past "worse"
+    # from "small" to "large" and the original, which is best, past "worse"
+    assert [front.count("H") for front in fronts[:2]] == [2, 2]
     assert [tag["href"] for tag in page.attributes("a")] == ["#run-1"]  # the one that was kept
 
 

@@ -404,7 +404,7 @@ def _names(others: Sequence[Method], told: Told, most: int = 4) -> str:
 def _command(told: Told, index: int, method: Method, more: str = "", **changed: Any) -> str:
     """How to run a method on the same model, with what it takes of the settings of this step."""
     had: Mapping[str, Any] = told.steps[index].parameters if index < len(told.steps) else {}
-    known = {
+    known: dict[str, Any] = {
         key: had[key]
         for key in ("ratio", "pattern", "remove")
         if had.get(key) is not None and key in method.schema.model_fields

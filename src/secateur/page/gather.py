@@ -37,12 +37,14 @@ def gather(directories: Sequence[str | Path]) -> tuple[list[Comparison], list[Ru
     comparisons: list[Comparison] = []
     runs: dict[Path, Run] = {}
 
-    def add(path: Path, name: str) -> Run:
+    def add(path: Path, name: str, card: Any = None) -> Run:
         where = path.resolve()
         if where not in runs:
             taken = {run.name for run in runs.values()}
             free = next(each for each in _names(name, where) if each not in taken)
-            runs[where] = Run(where, free, read_receipt(where), f"run-{len(runs) + 1}")
+            # speeds of a comparison are measured at its end, after the receipts
+            receipt = read_receipt(where) | ({"card": card} if card else {})
+            runs[where] = Run(where, free, receipt, f"run-{len(runs) + 1}")
         return runs[where]
 
     for directory in map(Path, directories):
@@ -74,9 +76,10 @@ def _comparison(directory: Path, add: Any) -> Comparison:
         raise RequestError(f"{directory / COMPARISON} is not a comparison: it holds no rows with names.")
     runs = {}
     for place, row in enumerate(rows):
-        result = directory / str(row.get("result") or "")
-        # a row may be all that was kept of a run; and nothing beside the comparison is read
-        inside = directory.resolve() in result.resolve().parents
-        if row.get("result") and inside and (result / RECEIPT).is_file():
-            runs[place] = add(result, str(row["name"]))
+        # the weights of a run may not have been kept, and its receipt have been
+        home = row.get("result") or str(Path(str(row.get("receipt") or "")).parent)
+        result = directory / str(home)
+        inside = directory.resolve() in result.resolve().parents  # nothing beside the comparison is read
+        if inside and (result / RECEIPT).is_file():
+            runs[place] = add(result, str(row["name"]), row.get("card"))
     return Comparison(directory.resolve().name, told, rows, runs)

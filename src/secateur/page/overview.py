@@ -1,7 +1,7 @@
 """Several runs beside each other: one table, and what they cost in quality against what they save."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.evaluation.pareto import pareto_front
@@ -16,7 +16,8 @@ class Entry:
     """One run among several.
 
     number: as marked in plots. methods: what it did, in short. status: "done", "failed" or "refused". achieved: parameters,
-    multiply_adds and bytes of the result where they are known without a card. anchor: where the page tells more of it.
+    multiply_adds and bytes of the result where they are known without a card. missed: by which fraction it missed the
+    budget of its comparison. anchor: where the page tells more of it.
     """
 
     number: int
@@ -28,6 +29,7 @@ class Entry:
     error: str = ""
     seconds: float | None = None
     peak_memory: float | None = None
+    missed: float | None = None
     anchor: str = ""
 
     def size(self, what: str) -> float | None:
@@ -56,10 +58,11 @@ def overview_table(entries: Sequence[Entry]) -> Table:
             figure(at(card, ("divergence", "kl")), plain), figure(at(card, ("divergence", "agreement")), percent),
             figure(entry.gain("prefill"), change), figure(entry.gain("decode"), change),
             figure(entry.seconds, lambda value: f"{value:,.0f} s"), figure(entry.peak_memory, human),
+            figure(entry.missed, change),
         ))  # fmt: skip
     columns = (
         "run", "no.", "methods", "not done", "parameters", "of the original", "multiply-adds", "bytes", "perplexity",
-        "KL, nats", "same first token", "prefill gain", "decoding gain", "time", "memory",
+        "KL, nats", "same first token", "prefill gain", "decoding gain", "time", "memory", "off the budget",
     )  # fmt: skip
     return table("The runs", columns, rows)
 
@@ -82,67 +85,77 @@ _SIZES: tuple[tuple[str, Callable[[Entry], float | None], tuple[str, ...] | None
 )
 
 
+@dataclass(frozen=True)
+class _Quality:
+    """A figure by which runs may be compared, less being better. keys: in a card. protocol: what must be alike for that."""
+
+    name: str
+    keys: tuple[str, ...]
+    protocol: tuple[tuple[str, ...], ...]
+
+    def origin(self, card: Mapping[str, Any]) -> float | None:
+        """The original's: its own perplexity, or no divergence from itself."""
+        return number(at(card, ("reference", *self.keys[1:]))) if self.keys[0] == "model" else 0.0
+
+
+_OF_TEXT = ("model", "perplexity", "protocol")
+_QUALITIES = (
+    _Quality("perplexity", ("model", "perplexity", "perplexity"), (_OF_TEXT,)),
+    _Quality("bits per byte", ("model", "perplexity", "bits_per_byte"), ((*_OF_TEXT, "sha256"), (*_OF_TEXT, "window"))),
+    _Quality("KL to the original, nats a token", ("divergence", "kl"), (("divergence", "protocol"),)),
+)
+
+
 def pareto_charts(entries: Sequence[Entry]) -> list[Chart]:
-    """Quality against size and time, for the runs that were measured on the same text in the same way.
+    """Quality against size and time, for the runs that were measured in the same way against the same original: by the
+    figure that most of them have.
 
-    A plot needs two runs at least; the original is drawn where it was measured alike.
+    A plot needs two runs at least. The original is drawn too, where it is stored alike, and takes part: a run that is no
+    smaller and worse is on no front.
     """
-    qualities: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-        ("perplexity", ("model", "perplexity", "perplexity"), ("model", "perplexity", "protocol")),
-        ("KL to the original, nats a token", ("divergence", "kl"), ("divergence", "protocol")),
-    )
-    for quality, keys, protocol in qualities:
-        alike = _alike(entries, keys, protocol)
-        if len(alike) < 2:
+    groups = [(quality, _alike(entries, quality)) for quality in _QUALITIES]
+    quality, alike = max(groups, key=lambda group: len(group[1]))
+    charts = []
+    for what, size, original, show in _SIZES if len(alike) > 1 else ():
+        points = [(entry, size(entry), number(at(entry.card, quality.keys))) for entry in alike]
+        known = [(entry, x, y) for entry, x, y in points if x is not None and y is not None]
+        if len(known) < 2 or len({x for _, x, _ in known}) + len({y for _, _, y in known}) < 3:
             continue
-        charts = []
-        for what, size, whole_model, show in _SIZES:
-            points = [(entry, size(entry), number(at(entry.card, keys))) for entry in alike]
-            known = [(entry, x, y) for entry, x, y in points if x is not None and y is not None]
-            if len(known) < 2 or len({x for _, x, _ in known}) + len({y for _, _, y in known}) < 3:
-                continue
-            front = pareto_front([(x, y) for _, x, y in known])
-            marks = [
-                Point(
-                    x,
-                    y,
-                    str(entry.number),
-                    f"{entry.name}: {what} {show(x)}, {quality} {plain(y)}",
-                    front=place in front,
-                )
-                for place, (entry, x, y) in enumerate(known)
-            ]
-            origin = _origin(known[0][0], keys, whole_model)
-            if origin:
-                hint = f"the original: {what} {show(origin[0])}, {quality} {plain(origin[1])}"
-                marks.insert(0, Point(*origin, "0", hint, "before"))
-            ys = [mark.y for mark in marks]
-            wide = min(ys) > 0 and max(ys) / min(ys) > 20
-            made = scatter(
-                f"{quality[:1].upper()}{quality[1:]} against {what}", marks, what, quality, log=wide, show_x=show
-            )
-            said = "Numbers as in the table; less is better in both; filled are the runs that no other beats in both."
-            charts.append(Chart(made.title, made.svg, made.legend, said + (" 0 is the original." if origin else "")))
-        if charts:
-            return charts
-    return []
+        marks = [
+            Point(x, y, str(entry.number), f"{entry.name}: {what} {show(x)}, {quality.name} {plain(y)}")
+            for entry, x, y in known
+        ]
+        ys = [mark.y for mark in marks]
+        wide = min(ys) > 0 and max(ys) / min(ys) > 20
+        origin = _origin(known[0][0].card, quality, original)
+        if origin and (origin[1] > 0 or not wide):  # nothing is as good as a logarithm's zero
+            hint = f"the original: {what} {show(origin[0])}, {quality.name} {plain(origin[1])}"
+            marks.insert(0, Point(*origin, "0", hint, "before"))
+        front = pareto_front([(mark.x, mark.y) for mark in marks])
+        marks = [replace(mark, front=place in front) for place, mark in enumerate(marks)]
+        title = f"{quality.name[:1].upper()}{quality.name[1:]} against {what}"
+        made = scatter(title, marks, what, quality.name, log=wide, show_x=show)
+        said = "Numbers as in the table; less is better in both; filled are the runs that nothing else beats in both."
+        charts.append(
+            Chart(title, made.svg, made.legend, said + (" 0 is the original." if marks[0].label == "0" else ""))
+        )
+    return charts
 
 
-def _alike(entries: Sequence[Entry], keys: tuple[str, ...], protocol: tuple[str, ...]) -> list[Entry]:
+def _alike(entries: Sequence[Entry], quality: _Quality) -> list[Entry]:
     """The most runs whose quality was measured in the same way; two figures of different protocols do not compare."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        if number(at(entry.card, keys)) is not None:
-            groups.setdefault(str(at(entry.card, protocol)), []).append(entry)
+        if number(at(entry.card, quality.keys)) is not None:
+            protocol = [at(entry.card, keys) for keys in (*quality.protocol, ("reference", "parameters"))]
+            groups.setdefault(str(protocol), []).append(entry)
     return max(groups.values(), key=len, default=[])
 
 
-def _origin(entry: Entry, keys: tuple[str, ...], size: tuple[str, ...] | None) -> tuple[float, float] | None:
-    """Where the original lies: its own perplexity, or no divergence from itself."""
-    quality = number(at(entry.card, ("reference", *keys[1:]))) if keys[0] == "model" else None
-    x = 1.0 if size is None else number(at(entry.card, ("reference", *size)))
-    if size == ("bytes_on_disk",) and at(entry.card, ("reference", "disk_format")) != at(
-        entry.card, ("model", "disk_format")
-    ):
+def _origin(card: Mapping[str, Any], quality: _Quality, size: tuple[str, ...] | None) -> tuple[float, float] | None:
+    """Where the original lies."""
+    formats = [at(card, (side, "disk_format")) for side in ("reference", "model")]
+    if size == ("bytes_on_disk",) and formats[0] != formats[1]:
         return None  # a quantized file beside floats
-    return (x, quality) if x is not None and quality is not None else None
+    x, y = 1.0 if size is None else number(at(card, ("reference", *size))), quality.origin(card)
+    return (x, y) if x is not None and y is not None else None

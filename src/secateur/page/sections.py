@@ -1,7 +1,7 @@
 """The parts of a page, as its template takes them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -67,7 +67,7 @@ class Overview:
     table: Table | None = None
     charts: Sequence[Chart] = ()
     divergence: Chart | None = None
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
 
 
 def card_of(receipt: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -92,9 +92,13 @@ def overview(comparisons: Sequence[Comparison], runs: Sequence[Run]) -> Overview
         return None
     facts = [fact for comparison in comparisons for fact in _facts_of(comparison)]
     cards = {entry.name: entry.card for entry in entries if entry.card}
+    cautions = [
+        str(said) for comparison in comparisons for row in comparison.rows for said in row.get("cautions") or ()
+    ]
     return Overview(
-        facts, overview_table(entries), pareto_charts(entries), divergence_chart(cards) if len(cards) > 1 else None
-    )
+        facts, overview_table(entries), pareto_charts(entries), divergence_chart(cards) if len(cards) > 1 else None,
+        tuple(dict.fromkeys(cautions)),
+    )  # fmt: skip
 
 
 def _of_run(place: int, run: Run) -> Entry:
@@ -114,7 +118,8 @@ def _of_row(place: int, row: Mapping[str, Any], run: Run | None) -> Entry:
     return Entry(
         place, str(row["name"]), named or (_methods(run.receipt) if run else ""), card if "skipped" not in card else {},
         row.get("achieved") or {}, str(row.get("status") or "done"), str(row.get("error") or ""),
-        number(row.get("seconds")), number(row.get("peak_memory")), run.anchor if run else "",
+        number(row.get("seconds")), number(row.get("peak_memory")), number(at(row, ("budget", "missed"))),
+        run.anchor if run else "",
     )  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def test_what_was_done_cost_and_gained() -> None:
     done, cost, gained = ("\n".join(s.text for s in part) for part in (told.done, told.cost, told.gained))
     assert "org/base was compressed in 1 step, seed 3." in done
     assert "1216 of 1536 in each of 10 blocks, 20.8% removed" in done
-    assert "learned from 8 sequences of text.txt, 2,048 tokens in all, and 256 more were held out" in done
+    assert "learned from 8 sequences (text.txt), 2,048 tokens in all, and 256 more were held out" in done
     assert "Perplexity rose from 29 to 30 (1.03 times), on wikitext2/test.txt." in cost
     assert "same token first as the original for 90.0 % of the tokens" in cost
     assert "off by 3.5 % on held-out tokens and 3.0 % on those it learned from" in cost

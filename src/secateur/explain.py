@@ -98,7 +98,7 @@ def _step(told: Told, index: int) -> Iterator[Sentence]:
         )
         apart = f", and {beside:,} more were held out to check it" if beside else ""
         yield told.say(
-            f"{name} learned from {count(sequences, 'sequence')} of {data}, {tokens:,} tokens in all{apart}.", learned
+            f"{name} learned from {count(sequences, 'sequence')} ({data}), {tokens:,} tokens in all{apart}.", learned
         )
     for place, warning in enumerate(decision.get("warnings", ())):
         yield told.say(warning, ("decisions", index, "warnings", place))

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 380, 214
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 10, 36
 _INNER = WIDTH - LEFT - RIGHT
 Show = Callable[[float], str]
 
@@ -103,7 +103,8 @@ def lines(
     ys = [y for each in drawn for _, y in each.points] or [0.0, 1.0]
     svg = _picture(title)
     scale_y = _axis_y(svg, min(ys) if log or not zero else min(0.0, *ys), max(ys), show, y_label, log)
-    scale_x = _axis_x(svg, min(xs), max(xs), show_x, x_label)
+    counts = all(float(x).is_integer() for x in xs)
+    scale_x = _axis_x(svg, min(xs), max(xs), show_x, x_label, 1.0 if counts else 0.0)
     for each in drawn:
         path = ""
         for x, y in each.points:
@@ -234,14 +235,16 @@ def _axis_y(
     return scale
 
 
-def _axis_x(svg: ElementTree.Element, low: float, high: float, show: Show, label: str) -> Callable[[float], float]:
+def _axis_x(
+    svg: ElementTree.Element, low: float, high: float, show: Show, label: str, least: float = 0.0
+) -> Callable[[float], float]:
     if not high > low:
         high = low + 1
 
     def scale(value: float) -> float:
         return LEFT + _INNER * (value - low) / (high - low)
 
-    for place in ticks(low, high, 5):
+    for place in ticks(low, high, 5, least):
         if low <= place <= high:
             _text(svg, scale(place), HEIGHT - BOTTOM + 14, show(place), "middle")
     _text(svg, LEFT + _INNER / 2, HEIGHT - 5, label, "middle", "label")

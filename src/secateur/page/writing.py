@@ -39,13 +39,14 @@ class Pair:
     """What two models wrote after one prompt.
 
     same: how many tokens both have before the first that differs; None where all are the same. left, right: of the original
-    and the result, stretches of text and whether each differs.
+    and the result, stretches of text and whether each differs. ended: whether they wrote their end token.
     """
 
     prompt: str
     same: int | None
     left: tuple[tuple[str, bool], ...]
     right: tuple[tuple[str, bool], ...]
+    ended: tuple[bool, bool] = (False, False)
 
 
 def write(spec: str, prompts: Sequence[str], tokens: int, trust_remote_code: bool = False) -> list[Written]:
@@ -95,7 +96,7 @@ def side_by_side(prompt: str, original: Written, result: Written) -> Pair:
         min(len(original.pieces), len(result.pieces)),
     )
     if original == result:
-        return Pair(prompt, None, ((original.text, False),), ((result.text, False),))
+        return Pair(prompt, None, ((original.text, False),), ((result.text, False),), (result.ended,) * 2)
     start = "".join(original.pieces[:shared])
     rests = [_words("".join(written.pieces[shared:])) for written in (original, result)]
     left, right = [(start, False)], [(start, False)]
@@ -103,7 +104,7 @@ def side_by_side(prompt: str, original: Written, result: Written) -> Pair:
     for kind, a, b, c, d in difflib.SequenceMatcher(a=rests[0], b=rests[1], autojunk=False).get_opcodes():
         left.append(("".join(rests[0][a:b]), kind != "equal"))
         right.append(("".join(rests[1][c:d]), kind != "equal"))
-    return Pair(prompt, shared, _told(left), _told(right))
+    return Pair(prompt, shared, _told(left), _told(right), (original.ended, result.ended))
 
 
 def _words(text: str) -> list[str]:

@@ -303,6 +303,53 @@ def loads(
             console.print(table(rows))
 
 
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="What compress or compare has written.")],
+    output: Annotated[Path, typer.Option(help="The HTML file to write; an earlier report is replaced.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="What both models go on from; repeat it for more.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens they write.")] = 48,
+    generate: Annotated[bool, typer.Option(help="Show what both write, which loads the models.")] = True,
+    spectra: Annotated[bool, typer.Option(help="Show singular values before and after.")] = True,
+    trust_remote_code: Trust = False,
+    log_level: LogLevel = "warning",
+    debug: Debug = False,
+    quiet: Quiet = False,
+) -> None:
+    """Writes one self-contained HTML page about finished runs."""
+    with _told(log_level, debug):
+        from secateur.page import write_report
+        from secateur.page.writing import PROMPTS
+
+        written = write_report(
+            directories, output, prompts=prompt or PROMPTS, tokens=tokens, generate=generate, spectra=spectra,
+            trust_remote_code=trust_remote_code, progress=_progress(quiet),
+        )  # fmt: skip
+        if not quiet:
+            console.print(f"{written}: {human(written.stat().st_size)}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def explain(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The directory of a finished run.", show_default=False)],
+    figures: Annotated[bool, typer.Option("--figures", help="Name the figures that each sentence rests on.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="As JSON, with these figures.")] = False,
+    log_level: LogLevel = "warning",
+    debug: Debug = False,
+    quiet: Quiet = False,  # as for every command; there is nothing here but the result
+) -> None:
+    """Says in plain words what a run did, what it cost and gained, and what to try next."""
+    with _told(log_level, debug):
+        from secateur.explain import explain as tell
+
+        told = tell(run)
+        if json_:
+            typer.echo(json.dumps(told.to_dict(), indent=2))
+        else:
+            for line in told.lines(figures):
+                console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+
+
 def _print_method(card: dict[str, Any]) -> None:
     console.print(f"{card['name']} ({card['kind']}): {card['summary']}", highlight=False)
     for key in ("paper", "claim", "when", "speedup", "decides", "data", "scope"):

@@ -204,7 +204,8 @@ class Need:
     beside: tuple[type, ...] = ()
 
 
-_TEXT = "calibration text"
+TEXT = "calibration text"
+"""What methods that learn from text say of their data, where they need no gradients."""
 _READERS = (Weight, Units)  # what reads inputs: a matrix, or the matrix behind units
 NEEDS: dict[type, Need] = {
     Network: Need("network", (Plan,), "the whole network's matrices, read lazily"),
@@ -216,48 +217,48 @@ NEEDS: dict[type, Need] = {
         "any",
         (),
         "what each block's output would lose, unit by unit, beside the hidden states",
-        _TEXT,
+        TEXT,
         beside=(UnitScores,),
     ),
     Blocks: Need("blocks", (Kept,), "the blocks in order, each read lazily, and how many of them are to go"),
-    Flow: Need("any", (), "how much each block changes the hidden states", _TEXT, beside=(Blocks,)),
-    LossWithout: Need("any", (), "the loss without each block", _TEXT, beside=(Blocks,)),
+    Flow: Need("any", (), "how much each block changes the hidden states", TEXT, beside=(Blocks,)),
+    LossWithout: Need("any", (), "the loss without each block", TEXT, beside=(Blocks,)),
     BlockGradients: Need(
         "any",
         (),
         "how much the loss reacts to each block's weights (the whole model in memory)",
-        f"{_TEXT}, gradients",
+        f"{TEXT}, gradients",
         beside=(Blocks,),
     ),
     SilencedFlow: Need(
         "any",
         (),
         "how much each block changes the hidden states while given units are silent (the whole model in memory)",
-        _TEXT,
+        TEXT,
         beside=(Network,),
     ),
     Activations: Need(
-        "any", (), "how strongly neurons, heads and channels respond in the dense network", _TEXT, beside=(Network,)
+        "any", (), "how strongly neurons, heads and channels respond in the dense network", TEXT, beside=(Network,)
     ),
-    StreamMoment: Need("any", (), "which directions of the residual stream are used", _TEXT, beside=(Network,)),
+    StreamMoment: Need("any", (), "which directions of the residual stream are used", TEXT, beside=(Network,)),
     Vocabulary: Need("vocabulary", (KeptTokens,), "the tokens of the model, and what each of them writes"),
-    TokenCounts: Need("any", (), "how often each token occurs in the whole text", _TEXT, beside=(Vocabulary,)),
+    TokenCounts: Need("any", (), "how often each token occurs in the whole text", TEXT, beside=(Vocabulary,)),
     Budget: Need("any", (), "how many weights the matrix loses, in which pattern", beside=(Weight,)),
-    InputNorms: Need("any", (), "mean square of each input of the matrix", _TEXT, beside=_READERS),
-    GatedNorms: Need("any", (), "the same, each token counted by its expert's gate", _TEXT, beside=(Weight,)),
-    Moments: Need("any", (), "mean and variance of each input of the matrix", _TEXT, beside=_READERS),
-    Gram: Need("any", (), "second moment of the inputs of the matrix", _TEXT, beside=_READERS),
+    InputNorms: Need("any", (), "mean square of each input of the matrix", TEXT, beside=_READERS),
+    GatedNorms: Need("any", (), "the same, each token counted by its expert's gate", TEXT, beside=(Weight,)),
+    Moments: Need("any", (), "mean and variance of each input of the matrix", TEXT, beside=_READERS),
+    Gram: Need("any", (), "second moment of the inputs of the matrix", TEXT, beside=_READERS),
     CrossGram: Need(
-        "any", (), "inputs in the dense network against those behind compressed layers", _TEXT, beside=_READERS
+        "any", (), "inputs in the dense network against those behind compressed layers", TEXT, beside=_READERS
     ),
     Gradients: Need(
-        "any", (), "squared gradients of the loss (the whole model in memory)", f"{_TEXT}, gradients", beside=(Weight,)
+        "any", (), "squared gradients of the loss (the whole model in memory)", f"{TEXT}, gradients", beside=(Weight,)
     ),
     Evaluator: Need(
         "any",
         (),
         "the loss with any units silent (forward passes, the whole model in memory as it is stored)",
-        _TEXT,
+        TEXT,
         beside=(Network,),
     ),
     DivergenceTrials: Need(
@@ -271,14 +272,14 @@ NEEDS: dict[type, Need] = {
         "any",
         (),
         "Taylor terms of the loss for each unit (the whole model in memory)",
-        f"{_TEXT}, gradients",
+        f"{TEXT}, gradients",
         beside=(Units,),
     ),
     Routing: Need(
         "any",
         (),
         "which tokens go to which experts, with what gates, and how large what they give is",
-        _TEXT,
+        TEXT,
         beside=(Network,),
     ),
     SyntheticGram: Need(

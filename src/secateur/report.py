@@ -245,17 +245,33 @@ def _publishable(recipe: Mapping[str, Any]) -> dict[str, Any]:
         plain.pop("calibration", None)
     elif not (data := plain["calibration"]["data"]).startswith("dataset:"):
         plain["calibration"] = {**plain["calibration"], "data": Path(data).name}
-    published: dict[str, Any] = _without_paths({**plain, "steps": steps})
+    published: dict[str, Any] = without_paths({**plain, "steps": steps})
     return published
 
 
-def _without_paths(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
     """Plain data in which every absolute path is its last part."""
     if isinstance(value, Mapping):
-        return {name: _without_paths(entry) for name, entry in value.items()}
+        return {name: without_paths(entry) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_without_paths(entry) for entry in value]
+        return [without_paths(entry) for entry in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def shape(source: Source) -> dict[str, Any]:
+    """What a network is made of, for the receipt. token_parameters: in tables with a row for each token, tied ones once."""
+    network = source.anatomy
+    repeated = {name for group in network.tied for name in group[1:]}
+    tables = [name for name in dict.fromkeys((*network.embeddings, network.head)) if name and name not in repeated]
+    sizes = [source.skeleton.get_parameter(name).shape for name in tables]
+    return {
+        "class": type(source.skeleton).__name__,
+        "blocks": len(network.blocks),
+        "hidden": network.hidden,
+        "vocabulary": network.vocabulary,
+        "parameters": network.parameters,
+        "token_parameters": sum(size.numel() for size in sizes if size[0] == network.vocabulary),
+    }
 
 
 def inspection(source: Source) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from secateur.network.verify import CleanProcess, verify
 from secateur.network.zeros import size_under_zstd
 from secateur.plan_stage import PlanStage
 from secateur.recipe import Recipe
-from secateur.report import measure, model_card
+from secateur.report import measure, model_card, shape
 from secateur.stage import Stage
 from secateur.unit_stage import UnitStage
 from secateur.units import Sizes
@@ -339,6 +339,7 @@ class Run:
             "source": {"model": str(source.spec), "base_model": source.place.base, "licence": source.place.licence,
                        "sha256": hashes},
             "decisions": decisions,
+            "shape": shape(result),
             "reload_check": {"how": checked.how, "largest_difference": checked.difference, "tokens": checked.tokens},
             "threads": torch.get_num_threads(),
             "versions": {name: version(name) for name in ("secateur", "torch", "transformers", "safetensors")}

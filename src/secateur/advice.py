@@ -1,0 +1,424 @@
+"""What to try after a run: rules that read its receipt's figures and the cards of the registry.
+
+Thresholds are rules of thumb of our own, not of any paper; each stands once, here.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from secateur.contract import TEXT
+from secateur.figures import Layer, by_block, matrix_layers, unit_layers
+from secateur.files import human
+from secateur.registry import Gram, Method, methods
+from secateur.telling import Keys, Sentence, Told, percent, times
+
+MUCH = math.log(1.5)
+"""Nats a token: perplexity half as high again, a loss that one does not keep without recovering it."""
+LITTLE = math.log(1.05)
+"""Nats a token: perplexity 5 % higher, within what texts differ by."""
+APART = 1.25
+"""Held-out over calibration error, above which a method has learned its sample rather than the text."""
+ALIKE = 1.1
+"""The same ratio, below which more samples of the same text change next to nothing."""
+CONCENTRATED = 3.0
+"""How many times their even share of the error a tenth of the blocks must hold to be worth treating apart."""
+PROMISED = 0.7
+"""Fraction of the speed that multiply-adds promise, below which one asks why."""
+TABLES = 0.2
+"""Fraction of the parameters in tables of tokens, above which a smaller vocabulary is worth a step."""
+FEW_TOKENS = 8000
+"""Predicted tokens, below which a perplexity tells only large differences."""
+MISSED = 0.01
+"""Fraction of the budget by which a run may miss it unsaid."""
+TILE = 32
+"""Matrix kernels work in tiles of this many numbers, or multiples of it."""
+ONES = ("neurons",)
+"""Kinds of units that are single columns of a matrix: heads and experts are wide already."""
+
+
+def advice(told: Told) -> Iterator[Sentence]:
+    """What to try next, most telling first."""
+    for rule in RULES:
+        yield from rule(told)
+
+
+def _only_zeros(told: Told) -> Iterator[Sentence]:
+    """Zeros are stored as any other number."""
+    for index in range(len(told.methods)):
+        layers = matrix_layers(told.receipt, index)
+        before, after = (told.number("card", side, "parameters") for side in ("reference", "model"))
+        if not layers or (before and after and after < before):
+            continue
+        removed = sum(layer.of - layer.kept for layer in layers)
+        pruned = told.at("decisions", index, "method")
+        smaller = _names(
+            [other for other in methods().values() if other.kind == "structure" and _gives_smaller(other)], told
+        )
+        stored = [told.number("stored", side, "bytes") for side in ("source", "result")]
+        size = f", and its files take {human(stored[1])}" if stored[1] else ""
+        keys: list[Keys] = [
+            (*layers[0].keys, "removed"),
+            ("card", "model", "parameters"),
+            ("stored", "result", "bytes"),
+        ]
+        yield told.say(
+            f"{pruned} wrote {removed:,} zeros and nothing is smaller or faster for it{size}. To get a smaller network, "
+            f"remove whole units instead, with {smaller}; to gain from zeros, store them compressed, or use --set "
+            "pattern=2:4 on a device with kernels for it (secateur.to_semi_structured).",
+            *keys,
+        )
+
+
+def _without_text(told: Told) -> Iterator[Sentence]:
+    """A loss that a method suffered without having seen text."""
+    loss = told.loss
+    if loss is None or loss.nats < MUCH:
+        return
+    for index, method in enumerate(told.methods):
+        if method is None or told.learned(index):
+            continue
+        others = [other for other in _alike(told, index, method) if _reads_text(other)]
+        if others:
+            yield told.say(
+                f"{loss.text}, and {method.name} read no text. Methods that do lose less as a rule: {_names(others, told)}, "
+                f"as in `{_command(told, index, _best(others), '--calibration FILE')}`.",
+                *loss.keys, ("decisions", index, "method"),
+            )  # fmt: skip
+
+
+def _few_samples(told: Told) -> Iterator[Sentence]:
+    """Held-out error beside the error on what was learned from."""
+    loss = told.loss
+    for index in range(len(told.methods)):
+        notes = ("decisions", index, "notes")
+        learned, apart = (*notes, "mean calibration error"), (*notes, "mean held out error")
+        seen, other = told.number(*learned), told.number(*apart)
+        sequences, tokens = (*notes, "calibration", "sequences"), (*notes, "calibration", "tokens")
+        if not seen or not other or not told.number(*sequences):
+            continue
+        name, had = told.at("decisions", index, "method"), int(told.number(*sequences) or 0)
+        if other / seen > APART:
+            yield told.say(
+                f"{name}: the error on held-out tokens is {times(other / seen)} that on the tokens it learned from "
+                f"({percent(other)} against {percent(seen)}): {had} sequences ({told.at(*tokens):,} tokens) were too few. "
+                f"Give it more, such as --samples {4 * had}.",
+                learned, apart, sequences, tokens,
+            )  # fmt: skip
+        elif other / seen < ALIKE and loss is not None and loss.nats > MUCH:
+            yield told.say(
+                f"{name}: the error on held-out tokens ({percent(other)}) is about that on the tokens it learned from "
+                f"({percent(seen)}), so more samples would change little; remove less, or use a stronger method.",
+                learned, apart, *loss.keys,
+            )  # fmt: skip
+
+
+def _repair(told: Told) -> Iterator[Sentence]:
+    """A loss in spite of text: methods that rewrite what stays."""
+    loss = told.loss
+    if loss is None or loss.nats < MUCH:
+        return
+    for index, method in enumerate(told.methods):
+        if method is None or not told.learned(index) or _rewrites(method):
+            continue
+        if others := [other for other in _alike(told, index, method) if _rewrites(other)]:
+            yield told.say(
+                f"{loss.text}. {method.name} does not ask for the second moment of the inputs, from which kept weights can "
+                f"make up for what goes; methods that do: {_names(others, told)}, as in "
+                f"`{_command(told, index, _best(others), '--calibration FILE')}`.",
+                *loss.keys, ("decisions", index, "method"),
+            )  # fmt: skip
+    if others := [other for other in methods().values() if other.kind == "recovery"]:
+        yield told.say(f"Quality can be brought back afterwards: {_names(others, told)}.", *loss.keys)
+
+
+def _concentrated(told: Told) -> Iterator[Sentence]:
+    """Errors that a few blocks make."""
+    for index, method in enumerate(told.methods):
+        for layers in [*unit_layers(told.receipt, index).values(), matrix_layers(told.receipt, index)]:
+            errors = by_block(layers)
+            top = math.ceil(len(errors) / 10)
+            total = sum(errors.values())
+            if len(errors) < 4 or not total:
+                continue
+            worst = sorted(sorted(errors, key=lambda block: errors[block])[-top:])
+            share = sum(errors[block] for block in worst) / total
+            if share < CONCENTRATED * top / len(errors):
+                continue
+            named = f"block {worst[0]} has" if top == 1 else f"blocks {', '.join(map(str, worst))} have"
+            yield told.say(
+                f"{told.at('decisions', index, 'method')}: {named} {share:.0%} of the error of all {len(errors)} blocks"
+                f"{_spare(told, index, method, worst, layers)}.",
+                *_most(layers, worst),
+            )
+
+
+def _most(layers: Sequence[Layer], blocks: Sequence[int]) -> list[Keys]:
+    """Where the largest error of each of these blocks stands."""
+    found: list[Keys] = []
+    for block in blocks:
+        here = [layer for layer in layers if layer.block == block and layer.error is not None]
+        found.append(max(here, key=lambda layer: layer.error or 0.0).error_keys)
+    return found
+
+
+def _spare(told: Told, index: int, method: Method | None, worst: Sequence[int], layers: Sequence[Layer]) -> str:
+    """How to take less from some blocks, by the parameters that the method has."""
+    if method is None or index >= len(told.steps):
+        return ""
+    known, parameters = method.schema.model_fields, told.steps[index].parameters
+    ways = []
+    if "protect" in known:
+        ways.append(f"protect them (--set protect={list(worst)})")
+    if "ratios" in known and parameters.get("ratios") is None:
+        ways.append("give each block a ratio of its own (--set ratios=[…], less for these)")
+    if "allocation" in known and not parameters.get("allocation"):
+        scopes = {"matrices", "widths"} if method.scope == "units" else {"matrices"}
+        dividers = [other for other in methods().values() if other.kind == "allocation" and other.scope in scopes]
+        if dividers:
+            ways.append(f"let an allocation divide the budget (--set allocation=NAME: {_names(dividers, told)})")
+    elif "allocation" in known:
+        [used] = parameters["allocation"]
+        ways.append(f"try another allocation than {used}, which has not evened this out")
+    return ": " + ", or ".join(ways) if ways else ""
+
+
+def _slower_than_promised(told: Told) -> Iterator[Sentence]:
+    """Measured prefill beside what multiply-adds promise."""
+    expected = told.number("card", "expected_gain")
+    gain = ("card", "speed", "prefill", "gain")
+    middle, lower, upper = (told.number(*gain, key) for key in ("median", "lower", "upper"))
+    if expected is None or expected <= 0.02 or middle is None or lower is None or upper is None:
+        return
+    if middle >= PROMISED * expected:
+        return
+    keys: list[Keys] = [("card", "expected_gain"), *((*gain, key) for key in ("median", "lower", "upper"))]
+    said = f"Reading gained {middle:+.0%} where multiply-adds promise {expected:+.0%}"
+    odd, where = _odd_width(told)
+    if upper >= expected:
+        yield told.say(
+            f"{said}, but the quartiles ({lower:+.0%} to {upper:+.0%}) reach that far: the machine was busy or the runs "
+            "were too few; measure again on a quiet one, with `secateur evaluate … --pairs 30`.",
+            *keys,
+        )
+    elif odd:
+        yield told.say(
+            f"{said}: kept widths such as {odd} are not multiples of {TILE}, the tiles in which matrix kernels work; set "
+            f"multiple_of={TILE}.",
+            *keys, where,
+        )  # fmt: skip
+    else:
+        size = told.number("card", "model", "parameters")
+        small = f" in a model of {size / 1e6:,.0f} M parameters" if size else ""
+        yield told.say(
+            f"{said}: what they do not count (norms, softmax, the cost of each call, reading the weights) has not shrunk "
+            f"with them{small}; larger models, longer inputs or whole blocks removed come nearer.",
+            *keys, ("card", "model", "parameters"),
+        )  # fmt: skip
+
+
+def _widths(told: Told) -> Iterator[Sentence]:
+    """Widths off the tiles, where no speed was measured that would say it."""
+    odd, where = _odd_width(told)
+    if odd and told.number("card", "speed", "prefill", "gain", "median") is None:
+        yield told.say(
+            f"A width of {odd} is not a multiple of {TILE}, the tiles in which matrix kernels work: multiple_of={TILE} is "
+            "faster for about the same size.",
+            where,
+        )
+
+
+def _odd_width(told: Told) -> tuple[int | None, Keys]:
+    """A kept width that is no multiple of the tile although the whole one was, and where it stands."""
+    for index in range(len(told.methods)):
+        for axis, layers in unit_layers(told.receipt, index).items():
+            for layer in layers:
+                if axis in ONES and layer.kept % TILE and layer.of % TILE == 0 and layer.kept > TILE:
+                    return layer.kept, (*layer.keys, "kept")
+    return None, ()
+
+
+def _tables(told: Told) -> Iterator[Sentence]:
+    """The share of embedding and head, which cutting blocks leaves."""
+    keys = ("shape", "token_parameters"), ("shape", "parameters"), ("shape", "vocabulary")
+    tables, whole, words = (told.number(*where) for where in keys)
+    cut = any(method is not None and method.scope == "vocabulary" for method in told.methods)
+    others = [other for other in methods().values() if other.scope == "vocabulary"]
+    if tables and whole and words and tables / whole > TABLES and others and not cut:
+        yield told.say(
+            f"Embedding and head hold {tables / whole:.0%} of what is left ({tables:,.0f} of {whole:,.0f} parameters, "
+            f"{words:,.0f} tokens). If one language or one kind of text is enough, remove tokens: {_names(others, told)}.",
+            *keys,
+        )
+
+
+def _disk(told: Told) -> Iterator[Sentence]:
+    """A result that is larger than the quantized file it was made from."""
+    sides = [("card", side, "bytes_on_disk") for side in ("model", "reference")]
+    after, before = (told.number(*keys) for keys in sides)
+    if after and before and after > before and told.at("card", "reference", "disk_format") == "gguf":
+        yield told.say(
+            f"The original's file is quantized, so the result takes more on disk ({human(after)} against {human(before)}): "
+            "`secateur export DIR --to gguf --dtype q8_0 --output FILE` writes it with fewer bits.",
+            *sides, ("card", "reference", "disk_format"),
+        )  # fmt: skip
+
+
+def _budget(told: Told) -> Iterator[Sentence]:
+    """A target that was not met."""
+    for index in range(len(told.methods)):
+        asked, reached = ("decisions", index, "budget", "asked"), ("decisions", index, "budget", "reached")
+        measure, wanted = told.at(*asked, "of"), told.number(*asked, "target")
+        if measure not in ("parameters", "multiply_adds") or not wanted:
+            continue
+        before, after = told.number(*reached, measure, "before"), told.number(*reached, measure, "after")
+        goal = wanted if wanted >= 1 else wanted * (before or 0)
+        if after and goal and abs(after / goal - 1) > MISSED:
+            yield told.say(
+                f"{told.at('decisions', index, 'method')} was asked for {goal:,.0f} {measure.replace('_', '-')} and reached "
+                f"{after:,.0f} ({after / goal - 1:+.1%}): widths move in steps; a smaller multiple_of, or more kinds of "
+                "units (axis), come nearer.",
+                (*asked, "target"), (*reached, measure, "after"),
+            )  # fmt: skip
+
+
+def _unmeasured(told: Told) -> Iterator[Sentence]:
+    """Figures that one would want and that are not there."""
+    card = told.at("card")
+    model = told.at("source", "model")
+    if not card or "skipped" in card:
+        why = f" ({card['skipped'].rstrip('.')})" if card else ""
+        yield told.say(
+            f"Nothing was measured{why}: `secateur evaluate DIR --reference {model} --text FILE` says what it cost.",
+            ("card", "skipped"), ("source", "model"),
+        )  # fmt: skip
+        return
+    tokens = ("card", "model", "perplexity", "protocol", "tokens")
+    if told.number("card", "model", "perplexity", "nll") is None:
+        yield told.say(
+            "No text was given, so there is no perplexity, and the divergence was measured on text that the original writes "
+            f"itself: measure on your own with `secateur evaluate DIR --reference {model} --text FILE`.",
+            ("card", "divergence", "protocol", "text"), ("source", "model"),
+        )  # fmt: skip
+    elif (read := told.number(*tokens)) is not None and read < FEW_TOKENS:
+        yield told.say(
+            f"Perplexity was measured on {read:,.0f} tokens: small differences between methods mean nothing yet; give more "
+            "text, or more --windows.",
+            tokens,
+        )
+
+
+def _room(told: Told) -> Iterator[Sentence]:
+    """Hardly any loss: more can go."""
+    loss = told.loss
+    before, after = (told.number("card", side, "parameters") for side in ("reference", "model"))
+    if loss is None or loss.nats >= LITTLE or not before or not after or after >= before:
+        return
+    for index, method in enumerate(told.methods):
+        if method is None or index >= len(told.steps):
+            continue
+        ratio = told.steps[index].parameters.get("ratio")
+        if isinstance(ratio, float) and 0 < ratio < 0.6:
+            yield told.say(
+                f"{loss.text}, for {1 - after / before:.1%} fewer parameters: there is room; try "
+                f"`{_command(told, index, method, ratio=round(1.5 * ratio, 2))}`.",
+                *loss.keys, ("card", "model", "parameters"), ("card", "reference", "parameters"),
+            )  # fmt: skip
+
+
+def _less(told: Told) -> Iterator[Sentence]:
+    """A ruinous loss: first of all, less should go."""
+    loss = told.loss
+    if loss is None or loss.nats < 2 * MUCH:
+        return
+    for index, method in enumerate(told.methods):
+        if method is None or index >= len(told.steps):
+            continue
+        ratio = told.steps[index].parameters.get("ratio")
+        if isinstance(ratio, float) and ratio > 0.05:
+            yield told.say(
+                f"{loss.text}: at this size that is more than a method alone makes good; try "
+                f"`{_command(told, index, method, ratio=round(ratio / 2, 3))}`, and see how much each half costs.",
+                *loss.keys, ("recipe", "steps", index),
+            )  # fmt: skip
+
+
+def _time(told: Told) -> Iterator[Sentence]:
+    """Measuring that took longer than the work."""
+    timings = told.at("timings") or {}
+    measuring, whole = told.number("timings", "measuring"), told.number("seconds")
+    work = sum(value for name, value in timings.items() if name.startswith("step "))
+    if measuring and whole and measuring > 2 * work and measuring > 60:
+        yield told.say(
+            f"Measuring took {measuring / whole:.0%} of the run's {whole:,.0f} s: while you try things out, --windows 8 or "
+            "--no-evaluate saves most of it.",
+            ("timings", "measuring"), ("seconds",),
+        )  # fmt: skip
+
+
+RULES: tuple[Callable[[Told], Iterator[Sentence]], ...] = (
+    _only_zeros, _without_text, _few_samples, _repair, _less, _concentrated, _slower_than_promised, _widths, _tables, _disk,
+    _budget, _unmeasured, _room, _time,
+)  # fmt: skip
+
+
+def _reads_text(method: Method) -> bool:
+    """Whether it learns from text whatever its parameters, and needs no gradients."""
+    return method.data == TEXT
+
+
+def _rewrites(method: Method) -> bool:
+    """Whether it always asks for the second moment of inputs, from which kept weights are fitted again."""
+    return any(need is Gram and name not in method.only for name, need in method.needs.items())
+
+
+def _gives_smaller(method: Method) -> bool:
+    return method.speedup == "universal" and _reads_text(method) and method.scope in ("units", "network")
+
+
+def _alike(told: Told, index: int, method: Method) -> list[Method]:
+    """Other methods that remove the same: single weights, whole blocks, tokens, or units of the kinds that this step cut."""
+    families = ({"units", "network"}, {"weight"}, {"blocks"}, {"vocabulary"})
+    family = next((each for each in families if method.scope in each), {method.scope})
+    cut = set(told.at("decisions", index, "units") or {})
+    return [
+        other
+        for other in methods().values()
+        if other.name != method.name and other.kind == method.kind and other.scope in family and cut <= set(other.axes)
+    ]
+
+
+def _best(others: Sequence[Method]) -> Method:
+    """The one to show a command of: those first that fit kept weights again, then those that block by block need little."""
+    return min(others, key=lambda other: (not _rewrites(other), other.scope != "units", other.name))
+
+
+def _names(others: Sequence[Method], told: Told, most: int = 4) -> str:
+    """A few of them by name, the likeliest first, and how many more there are."""
+    ranked = sorted(others, key=lambda other: (not _rewrites(other), other.scope != "units", other.name))
+    shown = ", ".join(other.name for other in ranked[:most])
+    rest = len(ranked) - most
+    return f"{shown} and {rest} more (`secateur methods`)" if rest > 0 else shown
+
+
+def _command(told: Told, index: int, method: Method, more: str = "", **changed: Any) -> str:
+    """How to run a method on the same model, with what it takes of the settings of this step."""
+    had: Mapping[str, Any] = told.steps[index].parameters if index < len(told.steps) else {}
+    known: dict[str, Any] = {
+        key: had[key]
+        for key in ("ratio", "pattern", "remove")
+        if had.get(key) is not None and key in method.schema.model_fields
+    }
+    wanted: dict[str, Any] = {**known, **changed}
+    settings = " ".join(f"--set {key}={value}" for key, value in wanted.items())
+    if not more and told.learned(index):
+        more = "--calibration FILE"
+    parts = [
+        "secateur compress",
+        str(told.at("source", "model")),
+        f"--method {method.name}",
+        settings,
+        more,
+        "--output NEW",
+    ]
+    return " ".join(part for part in parts if part)

@@ -1,0 +1,260 @@
+"""Says of a finished run in plain words what was done, what it cost, what it gained, and what to try next.
+
+Everything is derived from the receipt alone, and each sentence names the figures of it that it rests on. What methods are
+and need is read from their cards in the registry.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.advice import advice
+from secateur.figures import matrix_layers, read_receipt, unit_layers
+from secateur.files import human
+from secateur.report import summary
+from secateur.telling import Keys, Sentence, Told, count, percent, times
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a run did, what it cost, what it gained, and what to try next, in sentences."""
+
+    done: tuple[Sentence, ...]
+    cost: tuple[Sentence, ...]
+    gained: tuple[Sentence, ...]
+    next: tuple[Sentence, ...]
+
+    @property
+    def parts(self) -> dict[str, tuple[Sentence, ...]]:
+        """By heading, without those that have nothing to say."""
+        named = {
+            "What was done": self.done,
+            "What it cost": self.cost,
+            "What it gained": self.gained,
+            "What to try next": self.next,
+        }
+        return {heading: sentences for heading, sentences in named.items() if sentences}
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self, figures: bool = False) -> Iterator[str]:
+        """As text for a terminal. figures: behind each sentence, where in the receipt what it says stands."""
+        for number, (heading, sentences) in enumerate(self.parts.items()):
+            yield from ["", heading] if number else [heading]
+            for sentence in sentences:
+                yield f"- {sentence.text}"
+                if figures:
+                    yield from (f"    {where} = {value}" for where, value in sentence.figures.items())
+
+
+def explain(run: str | Path | Mapping[str, Any]) -> Explanation:
+    """Explains a run: its directory, its receipt's path, or the receipt itself as plain data.
+
+    Raises RequestError where there is no finished run.
+    """
+    told = Told(run if isinstance(run, Mapping) else read_receipt(run))
+    return Explanation(tuple(_done(told)), tuple(_cost(told)), tuple(_gained(told)), tuple(advice(told)))
+
+
+def _done(told: Told) -> Iterator[Sentence]:
+    model, seed = ("source", "model"), ("recipe", "seed")
+    steps = len(told.at("decisions"))
+    yield told.say(f"{told.at(*model)} was compressed in {count(steps, 'step')}, seed {told.at(*seed)}.", model, seed)
+    for index in range(steps):
+        yield from _step(told, index)
+    check = ("reload_check", "how")
+    if told.at(*check):
+        apart = told.number("reload_check", "largest_difference")
+        said = f"The result was checked: {told.at(*check)}"
+        differs = "" if apart is None else (
+            f"; its logits differ by at most {apart:.1g} of the largest from those due" if apart else
+            "; its logits are exactly those due"
+        )  # fmt: skip
+        yield told.say(f"{said}{differs}.", check, ("reload_check", "largest_difference"))
+
+
+def _step(told: Told, index: int) -> Iterator[Sentence]:
+    decision = told.at("decisions", index)
+    basis: list[Keys] = [("decisions", index, "method")]
+    layers = [*matrix_layers(told.receipt, index), *(y for x in unit_layers(told.receipt, index).values() for y in x)]
+    basis += [(*layers[0].keys, key) for key in ("kept", "removed", "of") if layers and told.at(*layers[0].keys, key)]
+    for keys in (("blocks", "removed"), ("blocks", "of"), ("vocabulary", "kept"), ("vocabulary", "of"),
+                 ("channels", "kept"), ("channels", "of"), ("budget", "asked")):  # fmt: skip
+        if told.at("decisions", index, *keys) is not None:
+            basis.append(("decisions", index, *keys))
+    # the lines that the run printed, in the words that it printed them in
+    lines = summary({"decisions": [{"units": {}, **decision}]})
+    text = "; ".join(line.removeprefix(f"{decision['method']}: ") for line in lines)
+    method = told.methods[index]
+    known = f" ({method.summary.rstrip('.')}{f'; {method.paper}' if method.paper else ''})" if method else ""
+    name = decision["method"]
+    yield told.say(f"{name}{known}: {text}.", *basis)
+    learned = ("decisions", index, "notes", "calibration")
+    if told.at(*learned):
+        data, sequences, tokens, beside = (
+            told.at(*learned, key) for key in ("data", "sequences", "tokens", "held_out_tokens")
+        )
+        apart = f", and {beside:,} more were held out to check it" if beside else ""
+        yield told.say(
+            f"{name} learned from {count(sequences, 'sequence')} ({data}), {tokens:,} tokens in all{apart}.", learned
+        )
+    for place, warning in enumerate(decision.get("warnings", ())):
+        yield told.say(warning, ("decisions", index, "warnings", place))
+
+
+def _cost(told: Told) -> Iterator[Sentence]:
+    if loss := told.loss:
+        yield told.say(f"{loss.text}.", *loss.keys)
+    agreement, kl = told.number("card", "divergence", "agreement"), told.number("card", "divergence", "kl")
+    if agreement is not None and kl is not None:
+        text = told.at("card", "divergence", "protocol", "text")
+        where = f" on {text}" if text else ""
+        yield told.say(
+            f"It ranks the same token first as the original for {percent(agreement)} of the tokens, and its predictions lie "
+            f"{kl:.3g} nats a token from the original's (KL){where}.",
+            ("card", "divergence", "agreement"), ("card", "divergence", "kl"),
+        )  # fmt: skip
+    yield from _tasks(told)
+    yield from _diverging(told)
+    for index in range(len(told.at("decisions"))):
+        mean = ("decisions", index, "notes", "mean held out error")
+        learned = ("decisions", index, "notes", "mean calibration error")
+        found, seen = told.number(*mean), told.number(*learned)
+        if found is not None or seen is not None:
+            said = [f"{percent(found)} on held-out tokens"] if found is not None else []
+            said += [f"{percent(seen)} on those it learned from"] if seen is not None else []
+            yield told.say(
+                f"{told.at('decisions', index, 'method')}: outputs of the layers it changed are off by "
+                f"{' and '.join(said)}, on average and relative to their size.",
+                mean, learned,
+            )  # fmt: skip
+    seconds, memory = told.number("seconds"), told.number("peak_memory")
+    if seconds is not None and memory is not None:
+        yield told.say(
+            f"The run took {_duration(seconds)} and {human(memory)} of memory at its peak.",
+            ("seconds",),
+            ("peak_memory",),
+        )
+    if told.at("code"):
+        yield told.say(
+            "Its blocks differ from each other, so transformers loads it only with trust_remote_code=True, through the file "
+            f"{', '.join(told.at('code'))} beside it.",
+            ("code",),
+        )
+
+
+def _tasks(told: Told) -> Iterator[Sentence]:
+    """Scores beside those of the original, where tasks were measured."""
+    for place, score in enumerate(told.at("card", "tasks") or ()):
+        here = ("card", "tasks", place)
+        ours, theirs = told.number(*here, "value"), told.number(*here, "reference")
+        if ours is None:
+            continue
+        name = " ".join(str(score[key]) for key in ("name", "metric") if score.get(key))
+        beside = "" if theirs is None else f"; the original has {theirs:.3f}"
+        yield told.say(f"{name}: {ours:.3f}{beside}.", *((*here, key) for key in ("value", "reference")))
+
+
+def _diverging(told: Told) -> Iterator[Sentence]:
+    """How soon what it writes leaves what the original writes."""
+    here = ("card", "divergent")
+    median, censored, share = (*here, "quantiles", "0.5"), (*here, "censored"), (*here, "share")
+    never, other, middle = told.number(*censored), told.number(*share), told.number(*median)
+    if never is None or other is None:
+        return
+    half = f"half of its texts leave the original's by token {middle:g}" if middle is not None else (
+        f"more than half of its texts stay with the original's for all {told.at(*here, 'continuation')} tokens"
+    )  # fmt: skip
+    yield told.say(
+        f"Writing greedily, {half}; {percent(never)} never leave it, and {percent(other)} of all tokens are other ones.",
+        median, censored, share,
+    )  # fmt: skip
+
+
+def _gained(told: Told) -> Iterator[Sentence]:
+    measures: tuple[tuple[str, tuple[str, ...], Callable[[float], str]], ...] = (
+        ("parameters", ("parameters",), lambda value: f"{value:,.0f}"),
+        ("multiply-adds of reading a text", ("multiply_adds",), lambda value: f"{value / 1e9:,.3g} G"),
+        ("memory to load and run it", ("memory", "peak"), human),
+    )
+    for what, keys, show in measures:
+        # loading a GGUF file takes memory of its own, which says nothing of the model
+        if keys[0] == "memory" and told.at("card", "reference", "disk_format") == "gguf":
+            continue
+        if (found := _against(told, what, keys, show)) is not None:
+            yield found
+    if told.at("card", "model") is None:
+        yield from _counted(told)
+    yield from _disk(told)
+    for phase, name in (("prefill", "Reading (prefill)"), ("decode", "Writing (decoding)")):
+        gain = ("card", "speed", phase, "gain")
+        middle, lower, upper = (told.number(*gain, key) for key in ("median", "lower", "upper"))
+        if middle is None or lower is None or upper is None:
+            continue
+        faster = f"{abs(middle):.0%} {'faster' if middle > 0 else 'slower'} than the original"
+        if lower <= 0 <= upper:
+            faster = f"not measurably faster or slower than the original ({middle:+.0%})"
+        yield told.say(
+            f"{name} is {faster}; quartiles {lower:+.0%} to {upper:+.0%}.",
+            *((*gain, key) for key in ("median", "lower", "upper")),
+        )
+
+
+def _against(told: Told, what: str, keys: tuple[str, ...], show: Callable[[float], str]) -> Sentence | None:
+    """A figure of the result beside the reference's."""
+    here, there = ("card", "model", *keys), ("card", "reference", *keys)
+    after, before = told.number(*here), told.number(*there)
+    if after is None or not before:
+        return None
+    change = after / before - 1
+    said = f"{show(before)} → {show(after)}"
+    if abs(change) < 5e-4:
+        return told.say(f"As many {what} as before ({show(after)})." if what == "parameters"
+                        else f"{what[0].upper()}{what[1:]}: no change ({show(after)}).", here, there)  # fmt: skip
+    return told.say(f"{what[0].upper()}{what[1:]}: {said} ({change:+.1%}).", here, there)
+
+
+def _counted(told: Told) -> Iterator[Sentence]:
+    """What a run counted that was not measured."""
+    for index in range(len(told.at("decisions"))):
+        for measure in ("parameters", "multiply_adds"):
+            keys = ("decisions", index, "budget", "reached", measure)
+            before, after = told.number(*keys, "before"), told.number(*keys, "after")
+            if before and after is not None:
+                yield told.say(
+                    f"{told.at('decisions', index, 'method')}: {measure.replace('_', '-')} {before:,} → {after:,} "
+                    f"({after / before - 1:+.1%}).",
+                    (*keys, "before"), (*keys, "after"),
+                )  # fmt: skip
+
+
+def _disk(told: Told) -> Iterator[Sentence]:
+    ours, theirs = ("card", "model"), ("card", "reference")
+    after, before = told.number(*ours, "bytes_on_disk"), told.number(*theirs, "bytes_on_disk")
+    formats = [told.at(*side, "disk_format") for side in (ours, theirs)]
+    keys = [(*side, key) for side in (ours, theirs) for key in ("bytes_on_disk", "disk_format")]
+    if after and before and formats[0] == formats[1]:
+        found = _against(told, "bytes on disk", ("bytes_on_disk",), human)
+        assert found is not None
+        yield found
+    elif after and before:
+        yield told.say(
+            f"On disk it takes {human(after)} as {formats[0]}; the original takes {human(before)} as {formats[1]}, so the "
+            "two do not compare.",
+            *keys,
+        )
+    packed = {side: told.number("stored", side, "zstd") for side in ("source", "result")}
+    if packed["source"] and packed["result"]:
+        yield told.say(
+            f"Under zstd the weights take {human(packed['result'])}, the original's {human(packed['source'])} "
+            f"({times(packed['source'] / packed['result'])} as much).",
+            ("stored", "result", "zstd"), ("stored", "source", "zstd"),
+        )  # fmt: skip
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

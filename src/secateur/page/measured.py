@@ -1,0 +1,139 @@
+"""What was measured of one run: the result card as a table, scores of tasks, how soon its writing leaves the original's."""
+
+from collections.abc import Callable, Mapping
+from itertools import product
+from typing import Any
+
+from secateur.figures import at, number
+from secateur.files import human
+from secateur.page.charts import Chart, Series, lines
+from secateur.page.tables import ABSENT, Cell, Table, change, figure, percent, plain, share, table, text, whole
+
+Card = Mapping[str, Any]
+
+
+def card_table(card: Card) -> Table:
+    """The figures of a card beside the reference's, without those that it lacks."""
+    rows: list[tuple[Cell, ...]] = []
+    tokens = at(card, ("model", "multiply_adds_tokens"))
+    for label, keys, show in (
+        ("parameters", ("parameters",), whole),
+        ("bytes on disk", ("bytes_on_disk",), human),
+        ("peak memory", ("memory", "peak"), human),
+        (f"multiply-adds of {tokens} tokens", ("multiply_adds",), lambda value: f"{value / 1e9:,.3f} G"),
+        ("perplexity", ("perplexity", "perplexity"), plain),
+        ("bits per byte", ("perplexity", "bits_per_byte"), lambda value: f"{value:.4f}"),
+    ):
+        rows.append(_against(card, label, keys, show))
+    kl, agreement = (at(card, ("divergence", key)) for key in ("kl", "agreement"))
+    rows.append((text("KL to the original, nats a token"), Cell(ABSENT), figure(kl, plain), Cell(ABSENT)))
+    rows.append((text("same first token"), Cell(ABSENT), figure(agreement, percent), Cell(ABSENT)))
+    settings = [speed for speed in (at(card, ("speed",)), *(at(card, ("more_speed",)) or ())) if speed]
+    for speed, (phase, name) in product(settings, (("prefill", "reading"), ("decode", "writing"))):
+        pace = speed.get(phase) or {}
+        batch = f" of each of {speed['batch']}" if (number(speed.get("batch")) or 1) > 1 else ""
+        label = f"{name} {pace.get('tokens')} tokens{batch} ({phase}), tokens/s"
+        ours, theirs, gain = (at(pace, (side, "median")) for side in ("model", "reference", "gain"))
+        rows.append((text(label), figure(theirs, _rate), figure(ours, _rate), figure(gain, change)))
+        lower, upper = (number(at(pace, ("gain", key))) for key in ("lower", "upper"))
+        if lower is not None and upper is not None:
+            spread = Cell(f"{change(lower)} to {change(upper)}", lower)
+            rows.append((text(f"{name}, quartiles of the gain"), Cell(ABSENT), Cell(ABSENT), spread))
+    expected = at(card, ("expected_gain",))
+    rows.append((text("gain that multiply-adds promise"), Cell(ABSENT), Cell(ABSENT), figure(expected, change)))
+    rows = [row for row in rows if any(cell.text != ABSENT for cell in row[1:])]
+    return table("Result card", ("", "original", "result", "change"), rows)
+
+
+def _against(card: Card, label: str, keys: tuple[str, ...], show: Callable[[float], str]) -> tuple[Cell, ...]:
+    before, after = (number(at(card, (side, *keys))) for side in ("reference", "model"))
+    moved = after / before - 1 if before and after is not None else None
+    if keys[0] == "perplexity" and keys[-1] == "perplexity" and not _same_vocabulary(card):
+        moved = None
+    return text(label), figure(before, show), figure(after, show), figure(moved, change)
+
+
+def _same_vocabulary(card: Card) -> bool:
+    sizes = [at(card, (side, "perplexity", "protocol", "vocabulary")) for side in ("model", "reference")]
+    return sizes[0] == sizes[1]
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.1f}"
+
+
+def card_notes(card: Card) -> list[str]:
+    """What a reader of the figures must know: protocols, and the card's own notes."""
+    said: list[str] = []
+    of_text, of_shift = at(card, ("model", "perplexity", "protocol")), at(card, ("divergence", "protocol"))
+    if of_text:
+        said.append(f"Perplexity: {_protocol(of_text)}.")
+    if of_shift and of_shift != of_text:
+        said.append(f"KL and same first token: {_protocol(of_shift)}.")
+    if speed := at(card, ("speed",)):
+        said.append(
+            f"Speed: {speed.get('pairs')} turns of each in alternating order, batch {speed.get('batch') or 1}, "
+            f"{speed.get('dtype')}, {speed.get('device')}, {speed.get('threads')} threads; medians."
+        )
+    return [*said, *map(str, at(card, ("notes",)) or ())]
+
+
+def _protocol(protocol: Mapping[str, Any]) -> str:
+    """In words; an older card lacks parts of it."""
+    said = [f"text {protocol.get('text') or 'given as token ids'}"]
+    if digest := protocol.get("sha256"):
+        said[0] += f" (sha256 {str(digest)[:12]})"
+    if protocol.get("windows") and protocol.get("window"):
+        said.append(f"{protocol['windows']} windows of {protocol['window']} tokens, stride {protocol.get('stride')}")
+    if (tokens := number(protocol.get("tokens"))) is not None:
+        said.append(f"{tokens:,.0f} tokens predicted")
+    if protocol.get("bos") is not None:
+        said.append("begins with BOS" if protocol["bos"] else "no BOS")
+    return "; ".join([*said, *([protocol["dtype"]] if protocol.get("dtype") else [])])
+
+
+def task_table(card: Card) -> Table | None:
+    """Scores of tasks beside the original's."""
+    tasks = at(card, ("tasks",))
+    if not tasks:
+        return None
+    rows = []
+    for score in tasks:
+        before, after = number(score.get("reference")), number(score.get("value"))
+        moved = after - before if before is not None and after is not None else None
+        rows.append((
+            text(score.get("name")), text(score.get("metric")), _score(before, score.get("reference_stderr")),
+            _score(after, score.get("stderr")), _score(moved, score.get("change_stderr"), "+.3f"),
+            figure(score.get("n"), whole),
+        ))  # fmt: skip
+    columns = ("task", "metric", "original", "result", "difference", "questions")
+    return table("Tasks", columns, rows, note="± one standard error.")
+
+
+def _score(value: float | None, error: Any, form: str = ".3f") -> Cell:
+    spread = number(error)
+    return figure(value, lambda found: format(found, form) + ("" if spread is None else f" ± {spread:.3f}"))
+
+
+def survival(card: Card) -> list[tuple[float, float]]:
+    """(position, share of the continuations that have not left the original's by then)."""
+    curve = at(card, ("divergent", "survival")) or []
+    return [
+        (float(entry[0]), float(entry[1])) for entry in curve if isinstance(entry, list | tuple) and len(entry) == 2
+    ]
+
+
+def divergence_chart(cards: Mapping[str, Card]) -> Chart | None:
+    """One curve for each model that has one."""
+    curves = {name: survival(card) for name, card in cards.items()}
+    styles = ("after", "other", "third", "fourth", "fifth", "sixth")
+    series = [
+        Series(name, curve, styles[place % len(styles)])
+        for place, (name, curve) in enumerate((name, curve) for name, curve in curves.items() if curve)
+    ]
+    if not series:
+        return None
+    return lines(
+        "Continuations that still are the original's", series[:len(styles)], "token", "share", steps=True, show=share,
+        show_x=lambda x: f"{x:.0f}",
+    )  # fmt: skip

@@ -1,0 +1,266 @@
+"""What is said of a run follows from figures of its receipt: each advice with the figure that asks for it and without."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from command import secateur
+from receipts import BLOCKS, lost, pruned, receipt, unit
+from secateur import RequestError, explain, registry
+from secateur.advice import RULES
+from secateur.figures import at, block_of, kind_of, pointer
+from secateur.registry import methods
+from secateur.telling import Sentence
+
+
+def _all(made: dict[str, Any]) -> list[Sentence]:
+    return [sentence for part in explain(made).parts.values() for sentence in part]
+
+
+def _next(made: dict[str, Any]) -> str:
+    return "\n".join(sentence.text for sentence in explain(made).next)
+
+
+def _blind(**figures: Any) -> dict[str, Any]:
+    """A run of a method that read no text."""
+    return receipt("magnitude_units", decisions__0__notes={}, **figures)
+
+
+# the advice by a word of it, a receipt that asks for it, and the same with the one figure changed that does not
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "lost without text": ("read no text", _blind(**lost(90)), _blind(**lost(31))),
+    "lost with text": ("second moment", receipt(**lost(90)), receipt(**lost(31))),
+    "fits already": ("second moment", receipt("llm_pruner", **lost(90)), receipt("unit_surgeon", **lost(90))),
+    "ruined": ("ratio=0.1 ", receipt(**lost(90)), receipt(**lost(50))),
+    "few samples": (
+        "--samples 32",
+        receipt(**{"decisions__0__notes__mean held out error": 0.09}),
+        receipt(**{"decisions__0__notes__mean held out error": 0.034}),
+    ),
+    "enough samples": (
+        "more samples would change little",
+        receipt(**{"decisions__0__notes__mean held out error": 0.0301}, **lost(90)),
+        receipt(**{"decisions__0__notes__mean held out error": 0.036}, **lost(90)),
+    ),
+    "concentrated": (
+        "block 4 has",
+        receipt(decisions__0__units__neurons__4=unit(1216, 1536, 0.3, 0.5)),
+        receipt(decisions__0__units__neurons__4=unit(1216, 1536, 0.03, 0.05)),
+    ),
+    "zeros": ("nothing is smaller", pruned(), receipt()),
+    "slow": (
+        "where multiply-adds promise",
+        receipt(card__speed__prefill__gain={"median": 0.03, "lower": 0.02, "upper": 0.04}),
+        receipt(card__speed__prefill__gain={"median": 0.11, "lower": 0.10, "upper": 0.12}),
+    ),
+    "noisy": (
+        "machine was busy",
+        receipt(card__speed__prefill__gain={"median": 0.03, "lower": -0.2, "upper": 0.3}),
+        receipt(card__speed__prefill__gain={"median": 0.03, "lower": 0.02, "upper": 0.04}),
+    ),
+    "odd width, slow": (
+        "1213 are not multiples of 32",
+        receipt(
+            decisions__0__units__neurons__4=unit(1213, 1536),
+            card__speed__prefill__gain={"median": 0.03, "lower": 0.02, "upper": 0.04},
+        ),
+        receipt(card__speed__prefill__gain={"median": 0.03, "lower": 0.02, "upper": 0.04}),
+    ),
+    "odd width, not measured": (
+        "1213 is not a multiple of 32",
+        receipt(decisions__0__units__neurons__4=unit(1213, 1536), card__speed=None),
+        receipt(card__speed=None),
+    ),
+    "tables": (
+        "Embedding and head hold 24 %".replace(" %", "%"),
+        receipt(shape__token_parameters=28_311_552),
+        receipt(),
+    ),
+    "quantized source": (
+        "secateur export",
+        receipt(card__reference__disk_format="gguf", card__reference__bytes_on_disk=98_000_000),
+        receipt(card__reference__disk_format="gguf"),
+    ),
+    "missed budget": (
+        "was asked for 107,200,000 parameters",
+        receipt(decisions__0__budget__asked={"target": 0.8, "of": "parameters"}),
+        receipt(decisions__0__budget__asked={"target": 0.8805, "of": "parameters"}),
+    ),
+    "not measured": ("Nothing was measured", receipt(card=None), receipt()),
+    "skipped": ("above --max-memory", receipt(card={"skipped": "both take 9 GB, above --max-memory"}), receipt()),
+    "no text": (
+        "No text was given",
+        receipt(card__model__perplexity=None, card__reference__perplexity=None),
+        receipt(),
+    ),
+    "little text": ("on 255 tokens", receipt(card__model__perplexity__protocol__tokens=255), receipt()),
+    "room": ("there is room", receipt(), receipt(**lost(35))),
+    "long measuring": (
+        "--no-evaluate",
+        receipt(timings__measuring=900.0, seconds=1006.0),
+        receipt(timings__measuring=100.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_advice_follows_from_a_figure(case: str) -> None:
+    words, asks, asks_not = CASES[case]
+    assert words in _next(asks)
+    assert words not in _next(asks_not)
+
+
+def test_every_rule_speaks_for_some_receipt() -> None:
+    from secateur.telling import Told
+
+    silent = {rule.__name__ for rule in RULES}
+    for _, asks, _ in CASES.values():
+        silent -= {rule.__name__ for rule in RULES if list(rule(Told(asks)))}
+    assert not silent
+
+
+@pytest.mark.parametrize("made", [case[1] for case in CASES.values()], ids=list(CASES))
+def test_every_sentence_names_figures_that_stand_in_the_receipt(made: dict[str, Any]) -> None:
+    for sentence in _all(made):
+        assert sentence.text and sentence.text[-1] in ".:", sentence.text
+        for where, value in sentence.figures.items():
+            keys = [part.replace("~1", "/").replace("~0", "~") for part in where.split("/")[1:]]
+            found: Any = made
+            for key in keys:
+                found = found[int(key)] if isinstance(found, list) else found[key]
+            assert found == value
+    # only what says that nothing was measured rests on what is not there
+    assert [s.text for s in _all(made) if not s.figures] == []
+
+
+def test_what_was_done_cost_and_gained() -> None:
+    told = explain(receipt(card__reference__perplexity__perplexity=29.0))
+    done, cost, gained = ("\n".join(s.text for s in part) for part in (told.done, told.cost, told.gained))
+    assert "org/base was compressed in 1 step, seed 3." in done
+    assert "1216 of 1536 in each of 10 blocks, 20.8% removed" in done
+    assert "learned from 8 sequences (text.txt), 2,048 tokens in all, and 256 more were held out" in done
+    assert "Perplexity rose from 29 to 30 (1.03 times), on wikitext2/test.txt." in cost
+    assert "same token first as the original for 90.0 % of the tokens" in cost
+    assert "off by 3.5 % on held-out tokens and 3.0 % on those it learned from" in cost
+    assert "The run took 2 min and 1.3 GB of memory at its peak." in cost
+    assert "Parameters: 134,000,000 → 118,000,000 (-11.9%)." in gained
+    assert "Reading (prefill) is 12% faster than the original; quartiles +10% to +14%." in gained
+
+
+def test_what_did_not_get_faster_is_said() -> None:
+    gained = explain(receipt(card__speed__decode__gain={"median": -0.2, "lower": -0.3, "upper": -0.1})).gained
+    assert any("Writing (decoding) is 20% slower than the original" in sentence.text for sentence in gained)
+    gained = explain(receipt(card__speed__decode__gain={"median": 0.01, "lower": -0.1, "upper": 0.1})).gained
+    assert any("Writing (decoding) is not measurably faster or slower" in sentence.text for sentence in gained)
+
+
+def test_tasks_and_divergent_tokens_are_told() -> None:
+    divergent = {"quantiles": {"0.5": 17}, "censored": 0.1, "share": 0.4, "continuation": 64}
+    tasks = [{"name": "arc", "metric": "acc", "value": 0.31, "reference": 0.35, "n": 500}]
+    cost = "\n".join(s.text for s in explain(receipt(card__divergent=divergent, card__tasks=tasks)).cost)
+    assert "half of its texts leave the original's by token 17; 10.0 % never leave it" in cost
+    assert "arc acc: 0.310; the original has 0.350." in cost
+    censored = {**divergent, "quantiles": {"0.5": None}}
+    assert "stay with the original's for all 64 tokens" in "\n".join(
+        s.text for s in explain(receipt(card__divergent=censored)).cost
+    )
+
+
+def test_vocabularies_that_differ_are_compared_by_bytes() -> None:
+    made = receipt(card__model__perplexity__protocol__vocabulary=3000, **lost(900))
+    for side, bits in (("model", 1.1), ("reference", 1.0)):
+        made["card"][side]["perplexity"]["bits_per_byte"] = bits
+    assert "Bits per byte went from 1.0000 to 1.1000 (+10.0%)" in "\n".join(s.text for s in explain(made).cost)
+    assert "900" not in _next(made)
+
+
+def test_methods_are_named_from_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are named read text; where they were not registered, others would be."""
+
+    def named() -> set[str]:
+        [said] = [s.text for s in explain(_blind(**lost(90))).next if "read no text" in s.text]
+        return set(re.findall(r"\w+", said.split("Methods that do")[1])) & set(registry.methods())
+
+    first = named()
+    assert first and all(methods()[name].data == "calibration text" for name in first)
+    rest = {name: method for name, method in methods().items() if name not in first}
+    monkeypatch.setattr(registry, "_registry", rest)
+    assert named() and not named() & first
+
+
+def test_a_method_that_is_not_registered_is_told_without_its_card() -> None:
+    told = explain(receipt("some_method_of_yours", **lost(90)))
+    assert told.done[1].text.startswith("some_method_of_yours: feed-forward neurons 1216 of 1536")
+
+
+def test_names_say_block_and_kind() -> None:
+    assert block_of("model.layers.12.mlp.experts.3.up_proj.weight") == 12
+    assert kind_of("model.layers.12.mlp.experts.3.up_proj.weight") == "mlp.experts.*.up_proj"
+    assert kind_of("model.layers.12.mlp.experts.gate_up_proj[7]") == "mlp.experts.gate_up_proj"
+    assert block_of("lm_head.weight") is None
+    assert pointer(("decisions", 0, "a/b~c")) == "/decisions/0/a~1b~0c"
+    assert at({"a": [{"b": 2}]}, ("a", 0, "b")) == 2
+    assert at({"a": [{"b": 2}]}, ("a", 1, "b")) is None
+
+
+def test_the_command(tmp_path: Any) -> None:
+    (tmp_path / "secateur.json").write_text(json.dumps(receipt(**lost(90))))
+    told = secateur("explain", tmp_path)
+    assert told.code == 0 and told.out.startswith("What was done\n- org/base was compressed")
+    assert "/card/model" not in told.out
+    assert "/card/model/perplexity/perplexity = 90" in secateur("explain", tmp_path, "--figures").out
+    plain = json.loads(secateur("explain", tmp_path / "secateur.json", "--json").out)
+    assert plain["next"][0]["figures"] and set(plain) == {"done", "cost", "gained", "next"}
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "holds no secateur.json"),
+        ({"compare.json": "{}"}, "is a comparison of several runs"),
+        ({".secateur/run.json": "{}"}, "is not finished"),
+        ({"secateur.json": "{"}, "could not be read"),
+        ({"secateur.json": "[1]"}, "holds no mapping"),
+        ({"secateur.json": '{"a": 1}'}, "is not the receipt of a run"),
+        (
+            {
+                "secateur.json": '{"recipe": {}, "source": {}, "decisions": [{"method": "x", "units": {"0": {"kept": 1}}}]}'
+            },
+            "receipt of another version",
+        ),
+    ],
+)
+def test_what_is_no_finished_run_is_refused(tmp_path: Any, files: dict[str, str], said: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    told = secateur("explain", tmp_path)
+    assert told.code == 2 and said in told.err and told.out == ""
+    with pytest.raises(RequestError):
+        explain(tmp_path)
+
+
+def test_old_receipts_lack_parts() -> None:
+    made = receipt()
+    for key in (
+        "shape",
+        "card",
+        "timings",
+        "seconds",
+        "peak_memory",
+        "threads",
+        "versions",
+        "reload_check",
+        "identity",
+    ):
+        made.pop(key)
+    for key in ("budget", "notes", "warnings"):
+        made["decisions"][0].pop(key)
+    for entry in made["decisions"][0]["units"]["neurons"].values():
+        entry.pop("calibration_error")
+        entry.pop("held_out_error")
+    assert len(made["decisions"][0]["units"]["neurons"]) == BLOCKS
+    told = explain(made)
+    assert told.done and told.next

@@ -1,0 +1,376 @@
+"""The HTML report: whole in itself, nothing in it that files could smuggle in, and what it shows is what there is."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from command import secateur
+from receipts import PROTOCOL, column, lost, pruned, receipt, unit
+from secateur import compress as secateur_compress
+from secateur.network.verify import CleanProcess
+from secateur.page import LARGEST, MARK, write_report
+from secateur.page.charts import log_ticks, ticks
+from secateur.page.spectra import blocks_left, compared
+from secateur.page.writing import Written, greedy, side_by_side, write
+
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """A page taken apart: text, tags with their attributes, and whether tags are closed in order."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.raw: dict[str, str] = {}
+        self._open: list[str] = []
+        self.feed(self.source)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] in (["style"], ["script"]):
+            self.raw[self._open[-1]] = self.raw.get(self._open[-1], "") + data
+        else:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def _run(path: Path, made: dict[str, Any]) -> Path:
+    path.mkdir(parents=True)
+    (path / "secateur.json").write_text(json.dumps(made))
+    return path
+
+
+def _page(made: dict[str, Any], tmp_path: Path, **options: Any) -> Page:
+    plain = {"generate": False, "spectra": False, **options}
+    return Page(write_report([_run(tmp_path / "run", made)], tmp_path / "page.html", **plain))
+
+
+def test_a_page_shows_what_the_receipt_says(tmp_path: Path) -> None:
+    page = _page(receipt(**lost(90)), tmp_path)
+    for said in ("org/base, compressed by flap", "What to try next", "118,000,000", "Held-out", "0.1.0", "quartiles"):
+        assert said.lower() in page.text.lower(), said
+    assert "block 3: 1,216 of 1,536 kept, 20.8 % removed" in page.text
+    charts = [tag["aria-label"] for tag in page.attributes("svg") if tag.get("role") == "img"]
+    assert len(charts) == 2 and len(set(charts)) == 1  # cut, and error, of the same units
+    assert page.source.lstrip().startswith("<!DOCTYPE html>")
+
+
+def test_nothing_is_fetched_and_nothing_else_runs(tmp_path: Path) -> None:
+    page = _page(receipt(), tmp_path)
+    [policy] = [tag["content"] for tag in page.attributes("meta") if tag.get("http-equiv") == "Content-Security-Policy"]
+    assert policy and policy.startswith("default-src 'none'; ")
+    for kind in ("style", "script"):
+        digest = base64.b64encode(hashlib.sha256(page.raw[kind].encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    links = [tag.get(key) for _, tag in page.tags for key in ("src", "href", "srcset", "data", "action") if key in tag]
+    assert links and all(link and link.startswith(("#", "data:,")) for link in links)
+    assert not re.search(r"@import|url\(|https?://", page.raw["style"] + page.raw["script"])
+    # the policy would refuse them, and the browser complain
+    assert not [tag for _, tag in page.tags if "style" in tag or any(name.startswith("on") for name in tag)]
+
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
+
+
+def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
+    made = receipt()
+    made["source"]["model"] = made["recipe"]["model"] = made["card"]["model"]["name"] = EVIL
+    made["decisions"][0]["warnings"] = [EVIL]
+    made["decisions"][0]["notes"]["calibration"]["data"] = EVIL
+    made["card"]["notes"] = [EVIL]
+    made["card"]["divergence"]["protocol"] = {**PROTOCOL, "text": EVIL}
+    made["card"]["tasks"] = [{"name": EVIL, "metric": EVIL, "value": 0.5, "n": 3}]
+    made["versions"][EVIL] = made["timings"]["half of a pair \ud800"] = 1.0
+    weights = pruned()
+    weights["decisions"][0]["matrices"][f"model.layers.0.{EVIL}.weight"] = {"removed": 1, "of": 2}
+    comparison = {
+        "model": EVIL,
+        "rows": [{"name": EVIL, "status": "failed", "error": EVIL, "recipe": {"steps": [{EVIL: {}}]}}],
+    }
+    directory = tmp_path / "several"
+    directory.mkdir()
+    (directory / "compare.json").write_text(json.dumps(comparison))
+    directories = [_run(tmp_path / "a", made), _run(tmp_path / "b", weights), directory]
+    page = Page(write_report(directories, tmp_path / "page.html", generate=False, spectra=False))
+    assert page.text.count("alert(1)") > 10
+    assert len(page.attributes("script")) == 1 and not page.attributes("img")
+    assert not [tag for _, tag in page.tags if any(name.startswith("on") for name in tag)]
+
+
+def test_old_receipts_give_a_page_without_what_they_lack(tmp_path: Path) -> None:
+    made = receipt()
+    for key in (
+        "shape",
+        "card",
+        "timings",
+        "seconds",
+        "peak_memory",
+        "threads",
+        "versions",
+        "reload_check",
+        "identity",
+    ):
+        made.pop(key)
+    page = _page(made, tmp_path)
+    assert "Result card" not in page.text and "What was cut, layer by layer" in page.text
+
+
+def test_zeros_blocks_tokens_and_channels_have_pictures(tmp_path: Path) -> None:
+    weights = _page(pruned(), tmp_path / "weights")
+    assert "mlp.up_proj, block 3: 50.0 %" in weights.text and "50.0 % everywhere" in weights.text
+    made = receipt("block_influence")
+    decision = made["decisions"][0]
+    decision.pop("units")
+    decision["blocks"] = {
+        "kept": [0, 1, 3],
+        "removed": [2],
+        "of": 4,
+        "scores": {"0": 0.5, "1": 0.4, "2": 0.1, "3": 0.3},
+    }
+    decision["vocabulary"], decision["channels"] = {"kept": 3000, "of": 4000}, {"kept": 48, "of": 64}
+    page = _page(made, tmp_path / "blocks")
+    for said in ("block 2: removed, score 0.1", "3,000 of 4,000 tokens", "48 of 64 channels"):
+        assert said in page.text
+    assert sum("gone" in (tag.get("class") or "").split() for tag in page.attributes("rect")) >= 1
+
+
+def test_a_mixture_of_thousands_of_matrices_stays_small(tmp_path: Path) -> None:
+    made = pruned()
+    made["decisions"][0]["matrices"] = {
+        f"model.layers.{block}.mlp.experts.{expert}.{name}.weight": {
+            "removed": expert, "of": 4_000_000, "calibration_error": 0.01 * expert, "held_out_error": 0.011 * expert
+        }
+        for block in range(48) for expert in range(64) for name in ("gate_proj", "up_proj", "down_proj")
+    }  # fmt: skip
+    page = _page(made, tmp_path)
+    assert len(page.source.encode()) < LARGEST / 3
+    assert "320 of 9,216 rows" in page.text and "9,116 more" in page.text
+    # those that are shown are the worst
+    assert "experts.63.gate_proj" in page.text and "experts.1.gate_proj" not in page.text.split("Receipt as JSON")[0]
+
+
+def _compared(tmp_path: Path) -> Path:
+    """A comparison of four runs: two measured, one of which was not kept, one refused."""
+    directory = tmp_path / "comparison"
+    rows = []
+    for name, parameters, perplexity in (("small", 90, 60.0), ("worse", 100, 70.0), ("large", 120, 30.0)):
+        card = receipt()["card"]
+        card["model"] = column(parameters * 10**6, 60_000_000, perplexity, 2 * parameters * 10**6)
+        rows.append({"name": name, "recipe": {"steps": [{"flap": {}}]}, "status": "done", "card": card, "seconds": 9.0,
+                     "peak_memory": 10**9, "achieved": {"parameters": parameters * 10**6}, "result": name})  # fmt: skip
+    rows.append({"name": "no", "recipe": {"steps": [{"slicegpt": {}}]}, "status": "refused", "error": "it ties its head.",
+                 "card": None, "achieved": None, "result": None})  # fmt: skip
+    _run(directory / "small", receipt())
+    told = {"model": "org/base", "budget": {"measure": "parameters", "asked": 0.8}, "protocol": {}, "rows": rows}
+    (directory / "compare.json").write_text(json.dumps(told))
+    return directory
+
+
+def test_a_comparison_is_a_table_with_its_failures_and_fronts(tmp_path: Path) -> None:
+    page = Page(write_report([_compared(tmp_path)], tmp_path / "page.html", generate=False, spectra=False))
+    assert "refused: it ties its head." in page.text
+    assert "small: parameters 90M, perplexity 60" in page.text
+    # a row that was kept is told by its row's card, which was completed later, and not by its receipt's
+    assert "Perplexity rose from 29 to 60" in page.text
+    charts = [tag["aria-label"] for tag in page.attributes("svg") if tag.get("role") == "img"]
+    assert charts[:2] == ["Perplexity against parameters", "Perplexity against bytes on disk"]
+    fronts = re.findall(r'class="line front" d="([^"]+)"', page.source)
+    # from "small" to "large" and the original, which is best, past "worse"
+    assert [front.count("H") for front in fronts[:2]] == [2, 2]
+    assert [tag["href"] for tag in page.attributes("a")] == ["#run-1"]  # the one that was kept
+
+
+def test_several_directories_make_one_page(tmp_path: Path) -> None:
+    first, second = _run(tmp_path / "a" / "out", receipt()), _run(tmp_path / "b" / "out", receipt(**lost(90)))
+    page = Page(write_report([first, second, first], tmp_path / "page.html", generate=False, spectra=False))
+    assert {tag["href"] for tag in page.attributes("a")} == {"#run-1", "#run-2"}
+    assert {tag["id"] for tag in page.attributes("section") if "id" in tag} == {"run-1", "run-2"}
+    assert "b/out" in page.text
+
+
+def test_figures_of_other_protocols_are_not_plotted_together(tmp_path: Path) -> None:
+    other = receipt(card__model__perplexity__protocol__window=512, card__divergence=None)
+    directories = [_run(tmp_path / "a", receipt(card__divergence=None)), _run(tmp_path / "b", other)]
+    page = Page(write_report(directories, tmp_path / "page.html", generate=False, spectra=False))
+    assert "Perplexity against" not in page.source
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "said"),
+    [
+        ("page.txt", [], "ends with .html"),
+        ("mine.html", [], "is not a report of Secateur"),
+        ("nowhere/page.html", [], "there is no directory"),
+        ("page.html", ["--tokens", "0"], "ask for at least 1"),
+        ("page.html", ["--prompt", " "], "a prompt is empty"),
+    ],
+)
+def test_a_wrong_output_is_refused_before_anything_is_done(
+    tmp_path: Path, output: str, options: list[str], said: str
+) -> None:
+    run = _run(tmp_path / "run", receipt())
+    (tmp_path / "mine.html").write_text("<html>mine</html>")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    told = secateur("report", run, "--output", tmp_path / output, *options)
+    assert told.code == 2 and said in " ".join(told.err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "mine.html").read_text() == "<html>mine</html>"
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
+    told = secateur("report", tmp_path, "--output", tmp_path / "page.html")
+    assert told.code == 2 and "holds no secateur.json" in told.err and not (tmp_path / "page.html").exists()
+    (tmp_path / "compare.json").write_text('{"rows": [{"status": "done"}]}')
+    told = secateur("report", tmp_path, "--output", tmp_path / "page.html")
+    assert told.code == 2 and "holds no rows with names" in " ".join(told.err.split())
+    assert secateur("report", tmp_path / "absent", "--output", tmp_path / "page.html").code == 2
+
+
+def test_an_original_that_is_gone_is_said(tmp_path: Path) -> None:
+    made = receipt()
+    made["source"]["model"] = made["recipe"]["model"] = str(tmp_path / "gone")
+    page = _page(made, tmp_path, generate=True, spectra=True)
+    assert page.text.count("Not shown: the original cannot be opened: there is no model at gone") == 2
+    assert str(tmp_path) not in page.source
+    made["recipe"]["model"], made["source"]["model"] = None, "LlamaForCausalLM"
+    page = _page(made, tmp_path / "live", generate=True, spectra=True)
+    assert "Not shown: the original was a module in memory." in page.text
+
+
+@pytest.fixture(scope="module")
+def ran(model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, clean: CleanProcess) -> tuple[Path, Path]:
+    """A model and a result of it."""
+    out = tmp_path_factory.mktemp("ran") / "out"
+    cut = {"method": "magnitude_units", "parameters": {"ratio": 0.4}}
+    secateur_compress(model("llama"), **cut, output=out, evaluate=False, clean=clean)
+    return model("llama"), out
+
+
+def test_a_page_of_a_real_run(ran: tuple[Path, Path], tmp_path: Path) -> None:
+    """Spectra and texts are those of the two models; an earlier report is replaced."""
+    source, out = ran
+    (tmp_path / "page.html").write_text(f"<!DOCTYPE html>\n{MARK}\nold")
+    told = secateur(
+        "report", out, "--output", tmp_path / "page.html", "--prompt", "the cat", "--tokens", "6", "--quiet"
+    )
+    assert told.code == 0, told.err
+    page = Page(tmp_path / "page.html")
+    assert "model.layers.1.mlp.down_proj" in page.text and "original, 64 × 160" in page.text
+    assert "result, 64 × 96" in page.text and "Not shown" not in page.text
+    mine, theirs = (write(str(path), ["the cat"], 6)[0] for path in (out, source))
+    pair = side_by_side("the cat", theirs, mine)
+    assert "".join(text for text, _ in pair.right) == mine.text and mine.text in "".join(page.texts)
+    assert str(source.parent) not in page.source  # nothing says where files lie on this machine
+    assert json.loads((out / "secateur.json").read_text())["shape"] == {
+        "class": "LlamaForCausalLM", "blocks": 3, "hidden": 64, "vocabulary": 320, "parameters": 133_568,
+        "token_parameters": 2 * 320 * 64,
+    }  # fmt: skip
+
+
+def test_an_original_that_has_changed_is_not_compared(ran: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(ran[1], tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "secateur.json").read_text())
+    for entry in made["identity"]["source"]:
+        entry[1] += entry[0].endswith(".safetensors")
+    (tmp_path / "out" / "secateur.json").write_text(json.dumps(made))
+    page = Page(write_report([tmp_path / "out"], tmp_path / "page.html", generate=False))
+    assert "is no longer the file that the run read" in page.text
+
+
+def test_spectra_are_singular_values() -> None:
+    whole = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+    found = compared("w", 0, whole, whole[:, :9])
+    for matrix, curve in ((whole, found.curves[0]), (whole[:, :9], found.curves[1])):
+        values = torch.linalg.svdvals(matrix.double())
+        torch.testing.assert_close(torch.tensor([y for _, y in curve]).double(), values, rtol=1e-5, atol=1e-5)
+        assert [x for x, _ in curve] == pytest.approx([(i + 1) / len(values) for i in range(len(values))])
+    assert found.energy == pytest.approx(float(whole[:, :9].square().sum() / whole.square().sum()))
+    assert compared("w", 0, whole, whole).distance == 0 and found.distance > 0
+
+
+def test_blocks_are_compared_with_those_that_they_were() -> None:
+    made = receipt()
+    made["decisions"] = [
+        {"method": "a", "blocks": {"kept": [0, 2, 3], "removed": [1]}},
+        {"method": "b", "blocks": {"kept": [0, 1, 2], "removed": [], "part": "attention"}},
+        {"method": "c", "blocks": {"kept": [1, 2], "removed": [0]}},
+    ]
+    assert blocks_left(made, 4) == [2, 3]
+
+
+def test_writing_is_what_transformers_writes() -> None:
+    model, tokenizer = tiny.make("llama"), tiny.tokenizer()
+    ids = torch.tensor([tokenizer("the cat")["input_ids"]])
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    expected = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    assert greedy(model, tokenizer, "the cat", 12).text == expected
+    # no further than the model has positions
+    model.config.max_position_embeddings = ids.shape[1] + 3
+    assert len(greedy(model, tokenizer, "the cat", 12).pieces) == 3
+
+
+def test_writing_ends_with_the_end_token() -> None:
+    model, tokenizer = tiny.make("llama"), tiny.tokenizer()
+    first = greedy(model, tokenizer, "the cat", 1)
+    ids = tokenizer("the cat")["input_ids"]
+    with torch.inference_mode():
+        chosen = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(chosen)
+    assert first.pieces and greedy(model, tokenizer, "the cat", 5) == Written((), ended=True)
+
+
+def test_words_are_marked_from_the_first_token_that_differs() -> None:
+    one = Written((" a", " b", " c", " d"))
+    pair = side_by_side("p", one, Written((" a", " b", " x", " d")))
+    assert pair.same == 2
+    assert pair.left == ((" a b", False), (" c", True), (" d", False))
+    assert pair.right == ((" a b", False), (" x", True), (" d", False))
+    assert side_by_side("p", one, one).same is None
+    # a word that is the same but spelt by other tokens is not marked, and the place is still said
+    assert side_by_side("p", Written((" ab",)), Written((" a", "b"))).right == ((" ab", False),)
+    shorter = side_by_side("p", one, Written((" a", " b"), ended=True))
+    assert (shorter.same, shorter.ended) == (2, (False, True))
+
+
+def test_ticks_are_round_and_cover_the_range() -> None:
+    assert ticks(0, 1536, 4) == [0, 500, 1000, 1500, 2000]
+    assert ticks(0, 0.07, 4) == [0, 0.02, 0.04, 0.06, 0.08]
+    assert log_ticks(0.5, 300) == [1, 3, 10, 30, 100, 300]
+    assert 2 <= len(log_ticks(1e-9, 1e9)) <= 8
+    assert log_ticks(1.1, 1.2) == [1.1, 1.2]
+
+
+def test_units_that_a_receipt_names_by_new_kinds_are_shown(tmp_path: Path) -> None:
+    made = receipt(decisions__0__units={"neurons": {"0": unit(3, 4)}})
+    page = _page(made, tmp_path)
+    assert "block 0: 3 of 4 kept, 25.0 % removed" in page.text

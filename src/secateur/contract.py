@@ -265,7 +265,7 @@ NEEDS: dict[type, Need] = {
         "any",
         (),
         "how soon greedy text leaves the dense network's when matrices lose weights (the whole model in memory)",
-        _TEXT,
+        TEXT,
         beside=(Matrices,),
     ),
     UnitGradients: Need(

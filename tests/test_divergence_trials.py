@@ -51,7 +51,9 @@ def _trials(model: torch.nn.Module, **options: Any) -> tuple[DivergenceTrials, l
     return DivergenceTrials(source, _samples(), refs, options.pop("prune", _smallest), **options), refs
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", pytest.param("gemma3", marks=pytest.mark.every)])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.every) for name in ("mixtral", "gemma3"))]
+)
 def test_a_trial_is_what_the_pruned_model_writes(name: str) -> None:
     model = _endless(name)
     before = deepcopy(model.state_dict())
@@ -266,6 +268,7 @@ def test_with_methods_that_read_inputs(method: str, ids: Path) -> None:
     assert "divergent tokens" in result.receipt["decisions"][0]
 
 
+@pytest.mark.every
 def test_tiles_and_less_than_was_asked_for(ids: Path) -> None:
     result = secateur.compress(tiny.make("llama"), recipe=_recipe("magnitude", ids, "0.5/8x8", prompts=2))
     entries = result.receipt["decisions"][0]["matrices"].values()

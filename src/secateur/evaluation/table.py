@@ -8,6 +8,7 @@ from rich.text import Text
 
 from secateur.evaluation.card import Column, ResultCard
 from secateur.evaluation.speed import Pace, Spread
+from secateur.evaluation.task_table import score_rows, score_sentences
 
 ABSENT = "not measured"
 Row = tuple[str, str, str, str]
@@ -69,7 +70,7 @@ def _rows(card: ResultCard) -> list[Row]:
             rows.append(("  expected from multiply-adds", "", "", _percent(card.expected_gain)))
         if card.speed.decode is not None:
             rows.append(_pace_row(f"decoding of {card.speed.decode.tokens}, tokens/s", card.speed.decode))
-    return rows
+    return rows + score_rows(card)
 
 
 def _sizes(column: Column) -> int | None:
@@ -117,7 +118,7 @@ def _sentences(card: ResultCard) -> list[str]:
             f"Peak memory: a clean process with plain transformers loads the model ({memory.dtype}) and reads "
             f"{memory.tokens} tokens; {_megabytes(memory.baseline)} of it were there before loading."
         )
-    return [*lines, *card.notes]
+    return [*lines, *score_sentences(card), *card.notes]
 
 
 def _spread(spread: Spread) -> str:

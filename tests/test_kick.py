@@ -112,10 +112,10 @@ class Knows(nn.Module):
 
 def test_what_a_model_knows_and_forgets_is_what_it_scores() -> None:
     words = tiny.tokenizer()
+    known = (("Rome", ("Oslo", "Bern")), ("Lima", ("Kyiv",)), ("Cairo", ("Minsk",)), ("Paris", ("Delhi",)))
     items = tuple(
-        Fact(f"Capital {i}?", (answer,), f"It is {answer}.", wrong)
-        for i, (answer, wrong) in enumerate((("Rome", ("Oslo", "Bern")), ("Lima", ("Kyiv",)), ("Cairo", ("Minsk",)), ("Paris", ("Delhi",))))
-    )  # fmt: skip
+        Fact(f"Capital {i}?", (answer,), f"It is {answer}.", wrong) for i, (answer, wrong) in enumerate(known)
+    )
     facts = Facts(items, "four", "0" * 64, 4)
     closed = {QUESTION.format(question=fact.question): fact.answers[0] for fact in items}
     opened = {_with_context(fact): fact.answers[0] for fact in items}
@@ -137,9 +137,9 @@ def test_what_a_model_knows_and_forgets_is_what_it_scores() -> None:
 
 def test_a_model_matches_itself(tmp_path: Path) -> None:
     module, words = tiny.make("llama"), tiny.tokenizer()
-    dense = examine_dense(module, words, read_facts(limit=3), limit=2, written=6)
+    dense = examine_dense(module, words, read_facts(limit=2), limit=1, written=4)
     found = kick(module, words, dense)
-    assert [score.n for score in found.scores] == [3, 3, 3, 3, 2, 2]
+    assert [score.n for score in found.scores] == [2, 2, 2, 2, 1, 1]
     for score in found.scores:
         assert score.value == score.reference and score.matching is not False
     assert all(score.kl == pytest.approx(0, abs=1e-9) and score.agreement == 1 for score in found.scores[4:])

@@ -93,9 +93,10 @@ class Kick(BaseModel):
         assert asked is not None
         some = f"first {asked.n} of " if asked.n < self.of else ""
         return (
-            f"LLM-KICK without a judge: {self.facts} (sha256 {self.sha256[:12]}), {some}{self.of} facts, in the answer's rank "
-            f"among alternatives and in greedy text; summaries and instructions by the likelihood of {self.written} tokens that "
-            f"the reference wrote{' in its chat template' if self.chat else ''}; matching: at most 5 % below the reference"
+            f"LLM-KICK without a judge: {self.facts} (sha256 {self.sha256[:12]}), {some}{self.of} facts, in the answer's "
+            "rank among alternatives and in greedy text; summaries and instructions by the likelihood of up to "
+            f"{self.written} tokens each that the reference wrote{' in its chat template' if self.chat else ''}; matching: at "
+            "most 5 % below the reference"
         )
 
     def findings(self, perplexity: float | None, reference: float | None) -> tuple[str, ...]:
@@ -353,8 +354,7 @@ def _greedy(
                 likeliest = finite(logits[:, -1], "an answer").argmax(-1, keepdim=True)
                 written = torch.cat([written, likeliest.cpu()], dim=1)
             for row, index in enumerate(indices):
-                new = written[row, length:][: cut[index][1]].tolist()
-                found[index] = (written[row, :length].tolist(), new)
+                found[index] = (cut[index][0], written[row, length:][: cut[index][1]].tolist())
             advance(len(indices))
     return found
 

@@ -150,7 +150,7 @@ def evaluate(
         kick=knowledge,
         versions=_versions(bool(asked)),
     )
-    said = () if alike else (_OTHER_TOKENS + (_BY_BYTE if content is not None else _NO_TEXT),)
+    said: tuple[str, ...] = () if alike else (_OTHER_TOKENS + (_BY_BYTE if content is not None else _NO_TEXT),)
     if knowledge is not None:
         said += knowledge.findings(*(quality.perplexity if quality and alike else None for quality in qualities))
     return card.model_copy(update={"notes": said + findings(card)})

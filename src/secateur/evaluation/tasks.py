@@ -1,8 +1,8 @@
 """Tasks, as lm-eval asks and scores them, on models that are loaded already.
 
 Definitions are lm-eval's YAML, requests and scores are lm-eval's own: what is here finds the data, says in a sentence what
-is wrong with it, keeps what is foreign from running, and puts the figures on the card. lm-eval is imported only here, and only
-when a task is asked for.
+is wrong with it, keeps what is foreign from running, and puts the figures on the card. lm-eval is imported only here, and
+only when a task is asked for.
 """
 
 import io
@@ -212,7 +212,8 @@ def _columns(config: Mapping[str, Any], asked: Asked) -> list[str]:
 
 def _check_columns(config: Mapping[str, Any], columns: Sequence[str], asked: Asked) -> None:
     """lm-eval takes a column that is not there for a constant text, and would score every answer as wrong."""
-    constants = config.get("doc_to_choice") if isinstance(config.get("doc_to_choice"), list) else []
+    choices = config.get("doc_to_choice")
+    constants = choices if isinstance(choices, list) else []
     for key in ("doc_to_text", "doc_to_target", "doc_to_choice"):
         name = config.get(key)
         if isinstance(name, str) and name.isidentifier() and name not in columns and name not in constants:
@@ -231,8 +232,8 @@ def _check_metrics(config: Mapping[str, Any], asked: Asked) -> None:
         name = entry.get("metric") if isinstance(entry, Mapping) else entry
         if isinstance(name, str) and name not in metric_registry:
             raise RequestError(
-                f"{asked.file}: the metric '{name}' is not one of lm-eval's own.{suggest(name, metric_registry)} Fetching it "
-                "from the hub runs its code; allow that with --trust-remote-code."
+                f"{asked.file}: the metric '{name}' is not one of lm-eval's own.{suggest(name, metric_registry)} Fetching "
+                "it from the hub runs its code; allow that with --trust-remote-code."
             )
 
 

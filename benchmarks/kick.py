@@ -1,7 +1,7 @@
 """Whether knowledge goes before perplexity shows it: LLM-KICK without a judge, on SmolLM2-135M at several sparsities.
 
     python benchmarks/kick.py --text wikitext2/test.txt --calibration wikitext2/validation.txt \\
-        [--methods wanda magnitude] [--sparsities 0.1 0.2 0.3 0.4 0.5] [--limit 100] [--facts FILE.jsonl]
+        [--methods wanda magnitude] [--sparsities 0.1 0.2 0.3 0.4 0.5] [--limit 100] [--texts 4] [--no-generated]
 
 Float32, unstructured, one draw of calibration tokens. Scores are those of `secateur evaluate --kick`; (m) means matching: at
 most 5 % below the dense model. Perplexity on the first windows of 1024 tokens; it is called risen from 10 % on.
@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=["wanda", "magnitude"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.1, 0.2, 0.3, 0.4, 0.5])
-    parser.add_argument("--limit", type=int, help="facts, passages and instructions; default all")
+    parser.add_argument("--limit", type=int, help="how many facts; default all")
+    parser.add_argument("--texts", type=int, help="how many passages, and how many instructions; default all")
+    parser.add_argument("--generated", action=argparse.BooleanOptionalAction, default=True, help="greedy answers too")
     parser.add_argument("--facts", type=Path)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
@@ -39,7 +41,8 @@ def main() -> None:
     module, words = load(options.model)
     text = text_ids(options.text, options.model)
     before = perplexity(module, text, window=1024, windows=options.windows).perplexity
-    dense = examine_dense(module, words, read_facts(options.facts, options.limit), limit=options.limit)
+    facts = read_facts(options.facts, options.limit)
+    dense = examine_dense(module, words, facts, limit=options.texts, generated=options.generated)
     rows, verdicts = [], []
     with tempfile.TemporaryDirectory() as folder:
         ids = write_ids(Path(folder) / "ids.json", [text_ids(options.calibration, options.model).ids])
@@ -54,9 +57,9 @@ def main() -> None:
                 after = perplexity(cut, text, window=1024, windows=options.windows).perplexity
                 scores = kick(cut, words, dense)
                 if not rows:
-                    whole = [score.reference for score in scores.scores]
-                    rows.append(("dense", "", f"{before:.2f}", *(f"{value:.3f}" for value in whole)))
-                    print(f"dense: {before:.3f}, " + ", ".join(f"{value:.4f}" for value in whole), flush=True)
+                    whole = [f"{one.reference:.3f}" if (one := scores.score(task)) else "-" for task in TASKS]
+                    rows.append(("dense", "", f"{before:.2f}", *whole))
+                    print(f"dense: {before:.3f}, {', '.join(whole)}", flush=True)
                 found.append((sparsity, after / before - 1, scores))
                 cells = [_cell(scores, task) for task in TASKS]
                 rows.append((method, sparsity, f"{after:.2f} ({100 * (after / before - 1):+.1f} %)", *cells))

@@ -59,16 +59,31 @@ def test_likelihoods_and_greedy_text_are_what_plain_calls_give() -> None:
     module, words = tiny.make("llama"), tiny.tokenizer()
     texts = ["The cat sat", "A dog ran far away", "It is so", "The hat fit"]
     ids = [_encoded(words, text) for text in texts]
-    found = _log_likelihoods(module, [(each, 2) for each in ids], lambda steps: None)
+    # with and without a beginning that all share
+    options = [_encoded(words, f"The cat sat on{end}") for end in (" the mat", " a hat", "e", " the map and ran")]
+    ids += options
+    found = _log_likelihoods(module, [(each, 2) for each in ids[:4]])
+    found += _log_likelihoods(module, [(each, 2) for each in options])
     with torch.no_grad():
         for each, total in zip(ids, found, strict=True):
             rows = module(torch.tensor([each])).logits[0, 1:-1].double().log_softmax(-1)
             assert total == pytest.approx(float(rows.gather(-1, torch.tensor(each[2:])[:, None]).sum()), abs=1e-5)
-        for (read, new), each in zip(_greedy(module, ids, [4, 6, 5, 3], lambda steps: None), ids, strict=True):
+        for (read, new), each in zip(
+            _greedy(module, ids, [4, 6, 5, 3, 3, 3, 3, 3], lambda steps: None), ids, strict=True
+        ):
             plain = module.generate(
                 torch.tensor([each]), max_new_tokens=len(new), do_sample=False, eos_token_id=None, pad_token_id=0
             )
             assert read == each and new == plain[0, len(each) :].tolist()
+
+
+def test_greedy_text_ends_where_it_is_enough() -> None:
+    module, words = tiny.make("llama"), tiny.tokenizer()
+    ids = [_encoded(words, text) for text in ("The cat sat", "The hat is")]
+    whole = [new for _, new in _greedy(module, ids, [8, 8], lambda steps: None)]
+    asked = [new for _, new in _greedy(module, ids, [8, 8], lambda steps: None, None, lambda index, new: len(new) > 2)]
+    ended = [new for _, new in _greedy(module, ids[:1], [8], lambda steps: None, end=whole[0][1])]
+    assert asked == [new[:3] for new in whole] and ended == [whole[0][: whole[0].index(whole[0][1]) + 1]]
 
 
 def test_long_prompts_keep_their_end() -> None:
@@ -76,8 +91,8 @@ def test_long_prompts_keep_their_end() -> None:
     ids = _encoded(words, "z" * 300 + " end")
     [(read, new)] = _greedy(module, [ids], [16], lambda steps: None)
     assert read == ids[-(tiny.CONTEXT - 16) :] and len(new) == 16
-    [total] = _log_likelihoods(module, [(ids, len(ids) - 2)], lambda steps: None)
-    [short] = _log_likelihoods(module, [(ids[-tiny.CONTEXT :], tiny.CONTEXT - 2)], lambda steps: None)
+    [total] = _log_likelihoods(module, [(ids, len(ids) - 2)])
+    [short] = _log_likelihoods(module, [(ids[-tiny.CONTEXT :], tiny.CONTEXT - 2)])
     assert total == short
 
 

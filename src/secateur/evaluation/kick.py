@@ -13,6 +13,7 @@ text), with KL and agreement beside it; that measures distance from the dense mo
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,13 +39,12 @@ WRITTEN_TOKENS = 64
 QUESTION = "Please give answer to this question: {question} The answer is"
 SUMMARY = "Summarize the following text in a few sentences.\n\n{passage}\n\nSummary:"
 MATERIAL = Path(__file__).with_name("kick.yaml")
-# Logits that are held at once: 128 MB of float32.
-_LOGITS = 2**25
+TOGETHER = 8
+"""Prompts of one length that are read at once."""
 
 TaskName = Literal[
     "closed book", "closed book, generated", "open book", "open book, generated", "summarisation", "instructions"
 ]
-_FACTS: tuple[TaskName, ...] = ("closed book", "closed book, generated", "open book", "open book, generated")
 
 
 class KickScore(BaseModel):
@@ -95,8 +95,8 @@ class Kick(BaseModel):
         return (
             f"LLM-KICK without a judge: {self.facts} (sha256 {self.sha256[:12]}), {some}{self.of} facts, in the answer's "
             "rank among alternatives and in greedy text; summaries and instructions by the likelihood of up to "
-            f"{self.written} tokens each that the reference wrote{' in its chat template' if self.chat else ''}; matching: at "
-            "most 5 % below the reference"
+            f"{self.written} tokens each that the reference wrote{' in its chat template' if self.chat else ''}; matching: "
+            "at most 5 % below the reference"
         )
 
     def findings(self, perplexity: float | None, reference: float | None) -> tuple[str, ...]:
@@ -150,11 +150,13 @@ def examine_dense(
     *,
     limit: int | None = None,
     written: int = WRITTEN_TOKENS,
+    generated: bool = True,
     progress: Progress = silent,
 ) -> Dense:
     """Lets the dense model answer all facts, summarise, and follow instructions.
 
     limit: how many of the shipped passages and of the instructions; all by default. written: most new tokens of each.
+    generated: whether facts are answered in greedy text too, which takes most of the time.
     """
     if tokenizer is None:
         raise RequestError(f"{type(module).__name__} has no tokenizer, so it cannot be asked anything; add its files.")
@@ -164,12 +166,12 @@ def examine_dense(
         "summarisation": [SUMMARY.format(passage=text) for text in material["passages"][:limit]],
         "instructions": material["instructions"][:limit],
     }
-    answered = _answers(module, tokenizer, facts, progress)
+    answered = _answers(module, tokenizer, facts, generated, progress)
     texts: dict[TaskName, list[Text]] = {}
     for task, asked in prompts.items():
         ids = [_told(tokenizer, text) if chat else _encoded(tokenizer, text) for text in asked]
         with progress(task, len(ids)) as bar:
-            found = _greedy(module, ids, [written] * len(ids), bar.advance)
+            found = _greedy(module, ids, [written] * len(ids), bar.advance, tokenizer.eos_token_id)
         # that the model stops counts too
         texts[task] = [Text(torch.tensor([*read, *_ended(new, tokenizer)]), len(read)) for read, new in found]
     return Dense(module, facts, answered, texts, written, chat)
@@ -183,12 +185,12 @@ def kick(module: nn.Module, tokenizer: Any, dense: Dense, *, texts: bool = True,
     """
     if tokenizer is None:
         raise RequestError(f"{type(module).__name__} has no tokenizer, so it cannot be asked anything; add its files.")
-    ours = _answers(module, tokenizer, dense.facts, progress)
+    ours = _answers(module, tokenizer, dense.facts, "open book, generated" in dense.answered, progress)
     choices = [len(fact.answers) / (len(fact.answers) + len(fact.alternatives)) for fact in dense.facts.items]
     chance = sum(choices) / len(choices)
     scores = [
-        _score(task, ours[task], dense.answered[task], chance=None if "generated" in task else chance)
-        for task in _FACTS
+        _score(task, values, dense.answered[task], chance=None if "generated" in task else chance)
+        for task, values in ours.items()
     ]
     if texts:
         scores += [_follow(task, module, dense.module, read, progress) for task, read in dense.texts.items()]
@@ -218,38 +220,38 @@ def _score(task: TaskName, values: Sequence[float], references: Sequence[float],
     )
 
 
-def _answers(module: nn.Module, tokenizer: Any, facts: Facts, progress: Progress) -> dict[TaskName, list[float]]:
+def _answers(
+    module: nn.Module, tokenizer: Any, facts: Facts, generated: bool, progress: Progress
+) -> dict[TaskName, list[float]]:
     """For each task and fact whether it was answered: 1 or 0."""
     found: dict[TaskName, list[float]] = {}
-    for book, prompts in (
-        ("closed book", [QUESTION.format(question=fact.question) for fact in facts.items]),
-        ("open book", [_with_context(fact) for fact in facts.items]),
-    ):
-        asked = [
-            (index, prompt, answer)
-            for index, (fact, prompt) in enumerate(zip(facts.items, prompts, strict=True))
-            for answer in (*fact.answers, *fact.alternatives)
-        ]
-        with progress(book, len(asked)) as bar:
-            sums = _log_likelihoods(module, [_pair(tokenizer, p, a) for _, p, a in asked], bar.advance)
-        ranked: list[list[float]] = [[] for _ in facts.items]
-        for (index, _, answer), total in zip(asked, sums, strict=True):
-            ranked[index].append(total / len(answer.encode("utf-8")))
-        # a model that finds all alike knows nothing
-        chosen = [
-            float(max(scores[: len(fact.answers)]) > max(scores[len(fact.answers) :]))
-            for fact, scores in zip(facts.items, ranked, strict=True)
-        ]
+    books: tuple[tuple[TaskName, TaskName, list[str]], ...] = (
+        ("closed book", "closed book, generated", [QUESTION.format(question=fact.question) for fact in facts.items]),
+        ("open book", "open book, generated", [_with_context(fact) for fact in facts.items]),
+    )
+    for ranked, written, prompts in books:
+        with progress(ranked, len(prompts)) as bar:
+            found[ranked] = []
+            for fact, prompt in zip(facts.items, prompts, strict=True):
+                answers = (*fact.answers, *fact.alternatives)
+                sums = _log_likelihoods(module, [_pair(tokenizer, prompt, answer) for answer in answers])
+                each = [total / len(answer.encode("utf-8")) for total, answer in zip(sums, answers, strict=True)]
+                right, wrong = each[: len(fact.answers)], each[len(fact.answers) :]
+                # a model that finds all alike knows nothing
+                found[ranked].append(float(max(right) > max(wrong)))
+                bar.advance()
+        if not generated:
+            continue
         ids = [_encoded(tokenizer, prompt) for prompt in prompts]
-        counts = [2 * len(each) if book == "closed book" else OPEN_TOKENS for each in ids]
-        with progress(f"{book}, generated", len(ids)) as bar:
-            new = [_ended(text, tokenizer) for _, text in _greedy(module, ids, counts, bar.advance)]
-        texts = [tokenizer.decode(text, skip_special_tokens=True) for text in new]
-        hits = [float(_hit(text, fact.answers)) for text, fact in zip(texts, facts.items, strict=True)]
-        if book == "closed book":
-            found |= {"closed book": chosen, "closed book, generated": hits}
-        else:
-            found |= {"open book": chosen, "open book, generated": hits}
+        counts = [2 * len(each) if ranked == "closed book" else OPEN_TOKENS for each in ids]
+
+        def answered(index: int, new: list[int]) -> bool:
+            text = tokenizer.decode(_ended(new, tokenizer), skip_special_tokens=True)
+            return _hit(text, facts.items[index].answers)
+
+        with progress(written, len(ids)) as bar:
+            texts = _greedy(module, ids, counts, bar.advance, tokenizer.eos_token_id, answered)
+        found[written] = [float(answered(index, new)) for index, (_, new) in enumerate(texts)]
     return found
 
 
@@ -290,60 +292,66 @@ def _ended(new: Sequence[int], tokenizer: Any) -> list[int]:
     return list(new[: new.index(end) + 1] if end is not None and end in new else new)
 
 
-def _batches(lengths: Sequence[int], room: int) -> Iterator[list[int]]:
-    """Indices of sequences of one length, at most `room` tokens together: nothing is padded."""
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of sequences of one length, a few at a time: nothing is padded."""
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         by_length.setdefault(length, []).append(index)
-    for length, indices in sorted(by_length.items()):
-        several = max(1, room // max(length, 1))
-        yield from (indices[begin : begin + several] for begin in range(0, len(indices), several))
+    for _, indices in sorted(by_length.items()):
+        yield from (indices[begin : begin + TOGETHER] for begin in range(0, len(indices), TOGETHER))
 
 
-def _room(module: nn.Module, ids: Tensor) -> int:
-    """Tokens whose logits may be held at once, found by reading one sequence (1, tokens)."""
-    with evaluating(module):
-        return _LOGITS // logits_of(module, ids).shape[-1]
-
-
-def _log_likelihoods(
-    module: nn.Module, pairs: Sequence[tuple[list[int], int]], advance: Callable[[int], None]
-) -> list[float]:
-    """For each sequence the log-likelihood of its tokens from `start` on, in nats."""
+def _log_likelihoods(module: nn.Module, pairs: Sequence[tuple[list[int], int]]) -> list[float]:
+    """For each sequence the log-likelihood of its tokens from `start` on, in nats. What all begin with is read once."""
     limit = maximum_positions(module)
     # of a sequence that is too long, its end is what matters
     cut = [
         (ids[-limit:], max(1, start - len(ids) + limit)) if limit and len(ids) > limit else (ids, start)
         for ids, start in pairs
     ]
-    found = [0.0] * len(cut)
-    room = _room(module, torch.tensor([cut[0][0][:1]]))
+    shared = 0
+    if has_cache(module):
+        first = [ids[: len(ids) - 1] for ids, _ in cut]
+        shared = next(
+            (at for at, tokens in enumerate(zip(*first, strict=False)) if len(set(tokens)) > 1), min(map(len, first))
+        )
+    found = []
     with evaluating(module):
-        for indices in _batches([len(ids) for ids, _ in cut], room):
-            batch = torch.tensor([cut[index][0] for index in indices])
-            logits = logits_of(module, batch)
-            for row, index in enumerate(indices):
-                start = cut[index][1]
-                said = finite(logits[row, start - 1 : -1], "a question")
-                log_p = log_probabilities(said)
-                found[index] = float(log_p.gather(-1, batch[row, start:].to(log_p.device)[:, None]).sum())
-            advance(len(indices))
+        begun, cache = step(module, torch.tensor([cut[0][0][:shared]]), None) if shared else (None, None)
+        for ids, start in cut:
+            # the last token predicts nothing that counts
+            rest = torch.tensor([ids[shared:-1]])
+            parts = [] if begun is None else [begun[0]]
+            if rest.numel() and shared:
+                parts.append(step(module, rest, deepcopy(cache))[0][0])
+            elif rest.numel():
+                parts.append(logits_of(module, rest)[0])
+            log_p = log_probabilities(finite(torch.cat([part.cpu() for part in parts])[start - 1 :], "a question"))
+            found.append(float(log_p.gather(-1, torch.tensor(ids[start:])[:, None]).sum()))
     return found
 
 
 def _greedy(
-    module: nn.Module, prompts: Sequence[list[int]], counts: Sequence[int], advance: Callable[[int], None]
+    module: nn.Module,
+    prompts: Sequence[list[int]],
+    counts: Sequence[int],
+    advance: Callable[[int], None],
+    end: int | None = None,
+    enough: Callable[[int, list[int]], bool] = lambda index, new: False,
 ) -> list[tuple[list[int], list[int]]]:
-    """For each prompt what was read of it, and the likeliest next tokens one by one, `counts` of them."""
+    """For each prompt what was read of it, and the likeliest next tokens one by one.
+
+    counts: how many tokens for each. Prompts of one length are read together, and end together where each has met `end` or
+    has `enough`, which is asked of its index and new tokens.
+    """
     limit = maximum_positions(module)
     cut = []
     for ids, count in zip(prompts, counts, strict=True):
         new = count if limit is None else min(count, limit // 2)
         cut.append((ids if limit is None else ids[-(limit - new) :], new))
     found: list[tuple[list[int], list[int]]] = [([], [])] * len(cut)
-    room = _room(module, torch.tensor([cut[0][0][:1]]))
     with evaluating(module):
-        for indices in _batches([len(ids) for ids, _ in cut], room):
+        for indices in _batches([len(ids) for ids, _ in cut]):
             written = torch.tensor([cut[index][0] for index in indices])
             length, cache = written.shape[1], None
             for turn in range(max(cut[index][1] for index in indices)):
@@ -353,6 +361,9 @@ def _greedy(
                     logits = logits_of(module, written)
                 likeliest = finite(logits[:, -1], "an answer").argmax(-1, keepdim=True)
                 written = torch.cat([written, likeliest.cpu()], dim=1)
+                new_rows = written[:, length:].tolist()
+                if all(end in new or enough(index, new) for index, new in zip(indices, new_rows, strict=True)):
+                    break
             for row, index in enumerate(indices):
                 found[index] = (cut[index][0], written[row, length:][: cut[index][1]].tolist())
             advance(len(indices))

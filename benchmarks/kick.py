@@ -43,6 +43,8 @@ def main() -> None:
     before = perplexity(module, text, window=1024, windows=options.windows).perplexity
     facts = read_facts(options.facts, options.limit)
     dense = examine_dense(module, words, facts, limit=options.texts, generated=options.generated)
+    known = ", ".join(f"{task} {sum(hits) / len(hits):.3f}" for task, hits in dense.answered.items())
+    print(f"dense: perplexity {before:.3f}, {known}", flush=True)
     rows, verdicts = [], []
     with tempfile.TemporaryDirectory() as folder:
         ids = write_ids(Path(folder) / "ids.json", [text_ids(options.calibration, options.model).ids])
@@ -59,7 +61,6 @@ def main() -> None:
                 if not rows:
                     whole = [f"{one.reference:.3f}" if (one := scores.score(task)) else "-" for task in TASKS]
                     rows.append(("dense", "", f"{before:.2f}", *whole))
-                    print(f"dense: {before:.3f}, {', '.join(whole)}", flush=True)
                 found.append((sparsity, after / before - 1, scores))
                 cells = [_cell(scores, task) for task in TASKS]
                 rows.append((method, sparsity, f"{after:.2f} ({100 * (after / before - 1):+.1f} %)", *cells))

@@ -5,25 +5,22 @@ is wrong with it, keeps what is foreign from running, and puts the figures on th
 only when a task is asked for.
 """
 
-import io
-import logging
 import math
-import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedModel
 
 from secateur.context import Progress, silent
 from secateur.errors import RequestError, RunError, SecateurError, suggest
-from secateur.evaluation.forward import evaluating, finite
+from secateur.evaluation.forward import evaluating
+from secateur.evaluation.lm_eval_engine import language_model, offline, quiet, sandboxed, seeded, without_bars
 from secateur.evaluation.task_files import (
     Asked,
     TaskSource,
@@ -32,8 +29,6 @@ from secateur.evaluation.task_files import (
     read_definition,
     shipped,
 )
-
-logger = logging.getLogger(__name__)
 
 
 class TaskScore(BaseModel):
@@ -146,11 +141,11 @@ def _load(asked: Asked, cache: str, limit: int | None, trust: bool) -> tuple[Any
             config["dataset_kwargs"]["features"] = datasets.Features(
                 {name: datasets.Value("string") for name in columns}
             )
-    with _quiet(), ExitStack() as held:
+    with quiet(), ExitStack() as held:
         if local:
-            held.enter_context(_offline())
+            held.enter_context(offline())
         if not trust:
-            held.enter_context(_sandboxed())
+            held.enter_context(sandboxed())
             _check_metrics(config, asked)
         from lm_eval.tasks import TaskManager
 
@@ -172,7 +167,7 @@ def _load(asked: Asked, cache: str, limit: int | None, trust: bool) -> tuple[Any
 
 def _load_own(asked: Asked, limit: int | None) -> tuple[Any, TaskSource, bool]:
     """A task or group of lm-eval's own, whose data comes from the hub."""
-    with _quiet():
+    with quiet():
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager()
@@ -265,12 +260,12 @@ def _run(
         )
     if tokenizer is None:
         raise RequestError(f"{type(module).__name__} has no tokenizer, so it cannot be asked {spec}; add its files.")
-    with _quiet(), ExitStack() as held:
+    with quiet(), ExitStack() as held:
         if tasks.local:
-            held.enter_context(_offline())
+            held.enter_context(offline())
         if not tasks.trusted:
-            held.enter_context(_sandboxed())
-        held.enter_context(_seeded())
+            held.enter_context(sandboxed())
+        held.enter_context(seeded())
         from lm_eval import evaluate
         from lm_eval.defaults import DEFAULT_OTHER_SEED
 
@@ -282,7 +277,7 @@ def _run(
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
             # it shows bars of its own while it writes its prompts
             if not isinstance(task.build_all_requests, partial):
-                task.build_all_requests = partial(_without_bars, task.build_all_requests)
+                task.build_all_requests = partial(without_bars, task.build_all_requests)
             rows = len(task.eval_docs) if tasks.limit is None else min(tasks.limit, len(task.eval_docs))
             choices = (
                 len(task.doc_to_choice(next(iter(task.eval_docs)))) if task.OUTPUT_TYPE == "multiple_choice" else 1
@@ -291,7 +286,7 @@ def _run(
         with evaluating(module), progress(f"task {spec.partition('=')[0]}", requests) as bar:
             try:
                 return evaluate(
-                    _language_model(module, tokenizer, bar, spec),
+                    language_model(module, tokenizer, bar, spec),
                     loaded,
                     limit=tasks.limit,
                     confirm_run_unsafe_code=tasks.trusted,
@@ -302,40 +297,6 @@ def _run(
                 raise
             except Exception as error:  # a metric's, or what a model makes of a prompt
                 raise RunError(f"lm-eval failed on the task {spec}: {_line(error)}.") from error
-
-
-def _without_bars(build: Any, **options: Any) -> None:
-    with redirect_stderr(io.StringIO()):
-        build(**options)
-
-
-def _language_model(module: PreTrainedModel, tokenizer: Any, bar: Any, spec: str) -> Any:
-    """The module as lm-eval sees models. Its tokenizer is a copy, since lm-eval gives it a token for padding."""
-    from copy import deepcopy
-
-    from lm_eval.models.huggingface import HFLM
-
-    class Loaded(HFLM):
-        def _model_call(self, inps: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-            logits = finite(super()._model_call(inps, *arguments, **options), f"the task {spec}")
-            bar.advance(len(inps))
-            return logits
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            found = super().generate_until(requests, disable_tqdm=True)
-            bar.advance(len(requests))
-            return found
-
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **options: Any) -> Any:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
-
-    return Loaded(pretrained=module, tokenizer=deepcopy(tokenizer), batch_size=1)
 
 
 def _scores(
@@ -413,78 +374,3 @@ def _line(error: BaseException) -> str:
 
 def _brief(choices: Sequence[str]) -> str:
     return ", ".join(choice if len(choice) <= 40 else choice[:37] + "…" for choice in map(str, choices))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """lm-eval warns of its own plans, and the datasets library shows bars; both are wanted only by those who ask for all."""
-    names = ("lm_eval", "datasets")
-    levels = {name: logging.getLogger(name).level for name in names}
-    wanted = logging.getLogger().getEffectiveLevel() <= logging.INFO
-    import datasets
-
-    hidden = datasets.utils.are_progress_bars_disabled()
-    try:
-        if not wanted:
-            for name in names:
-                logging.getLogger(name).setLevel(logging.ERROR)
-            datasets.utils.disable_progress_bars()
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        if not hidden:
-            datasets.utils.enable_progress_bars()
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Nothing is asked of the hub: even a local file would be counted there."""
-    import datasets
-    from huggingface_hub import constants
-
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
-
-
-@contextmanager
-def _sandboxed() -> Iterator[None]:
-    """lm-eval renders templates in an environment in which they reach all of Python; a definition is to be data.
-
-    It has no setting for that, so its environment is exchanged meanwhile for jinja's own sandbox with the same filters.
-    """
-    from jinja2.sandbox import SandboxedEnvironment
-    from lm_eval import utils
-
-    plain = utils.env
-    safe = SandboxedEnvironment(
-        loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
-    )
-    safe.filters |= plain.filters
-    utils.env = safe
-    try:
-        yield
-    finally:
-        utils.env = plain
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """lm-eval's own seeds, for tasks that draw; the streams of whoever calls are put back."""
-    import numpy
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-
-    states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(DEFAULT_RANDOM_SEED)
-        numpy.random.seed(DEFAULT_OTHER_SEED)
-        torch.manual_seed(DEFAULT_OTHER_SEED)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            numpy.random.set_state(states[1])

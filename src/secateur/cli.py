@@ -125,13 +125,20 @@ def evaluate(
     prompt_length: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
     continuation: Annotated[int, typer.Option(help="Tokens that each prompt is gone on with.")] = 64,
     seed: Annotated[int, typer.Option(help="Of self-written text and prompts, and of speed's tokens.")] = 0,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE.yaml[=DATA], NAME=DATA for a shipped task, or one of lm-eval's; repeat."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first questions of each task.")] = None,
+    kick: Annotated[bool, typer.Option("--kick", help="Ask for facts, summaries and instructions (LLM-KICK).")] = False,
+    facts: Annotated[Path | None, typer.Option(help="Facts of your own for --kick, JSONL.")] = None,
     json_: Annotated[str | None, typer.Option("--json", help="Write the card as JSON to FILE, or - for here.")] = None,
     trust_remote_code: Trust = False,
     log_level: LogLevel = "warning",
     debug: Debug = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measures MODEL: size, memory, speed, perplexity, and its divergence from a reference."""
+    """Measures MODEL: size, memory, speed, perplexity, tasks, and its divergence from a reference."""
     with _told(log_level, debug):
         from secateur.evaluation import Continuations, render, write_json
         from secateur.evaluation import evaluate as run
@@ -140,6 +147,7 @@ def evaluate(
         card = run(
             model, reference, text=text, window=window, windows=windows, dtype=dtype, device=device, speed=speed,
             pairs=pairs, prefill=prefill, batch=batch or 1, decode=decode, divergent=divergent and written, seed=seed,
+            tasks=tasks or (), limit=limit, kick=kick, facts=facts,
             trust_remote_code=trust_remote_code, progress=_progress(quiet),
         )  # fmt: skip
         if json_ != "-":

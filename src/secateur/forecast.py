@@ -61,7 +61,7 @@ def dry_run(
 ) -> dict[str, Any]:
     """What `compress` would cut, write and need: plain data. Reads headers, and one block's weights to time the method."""
     plan, spec = request(model, None, None, recipe, seed, dtype)
-    run = Run(spec, plan, Path(output), device, 0, trust_remote_code, False, SHARD_BYTES, silent, None)
+    run = Run(spec, plan, Path(output), device, 0, trust_remote_code, True, SHARD_BYTES, silent, None)
     source, _, _, sizes = run.look(restart)
     wanted = getattr(torch, plan.dtype) if plan.dtype else None
     rows = rows_removed(source, plan, device)

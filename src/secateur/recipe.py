@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from secateur.calibration.samples import SELF, Calibration, read_entries
 from secateur.contract import COMMON, NEEDS
 from secateur.errors import RequestError, suggest
+from secateur.evaluation.facts import read_facts
+from secateur.evaluation.tasks import check_tasks
 from secateur.files import sha256
 from secateur.registry import Method, find, message
 from secateur.solving import Solver
@@ -51,7 +53,9 @@ class Step(BaseModel):
 
 
 class Evaluate(BaseModel):
-    """What the result card measures after the run. divergent: divergent tokens too."""
+    """What the result card measures after the run: text, window, windows, divergent (tokens), tasks, limit, kick and facts as
+    in `evaluate`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,6 +63,16 @@ class Evaluate(BaseModel):
     window: int | None = None
     windows: int | None = None
     divergent: bool = False
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    kick: bool = False
+    facts: Path | None = None
+
+    def check(self, trust_remote_code: bool) -> None:
+        """Raises RequestError where what is to be measured at the end of a run could not be."""
+        check_tasks(self.tasks, self.limit, trust_remote_code)
+        if self.kick or self.facts is not None:
+            read_facts(self.facts, self.limit)
 
 
 class Recipe(BaseModel):

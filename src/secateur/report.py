@@ -14,6 +14,7 @@ from secateur.context import Progress, silent
 from secateur.errors import SecateurError
 from secateur.evaluation import ResultCard, evaluate, render
 from secateur.evaluation.measure import Opened
+from secateur.evaluation.task_files import without_folders
 from secateur.files import human
 from secateur.network.source import Source
 from secateur.recipe import Evaluate, Recipe
@@ -65,6 +66,10 @@ def measure(
             windows=options.windows,
             divergent=options.divergent and original.live is None,
             speed=speed,
+            tasks=options.tasks,
+            limit=options.limit,
+            kick=options.kick,
+            facts=options.facts,
             trust_remote_code=original.trust_remote_code,
             progress=progress,
         )
@@ -241,6 +246,10 @@ def _publishable(recipe: Mapping[str, Any]) -> dict[str, Any]:
         steps.append({name: bare})
     if isinstance(plain.get("evaluate"), dict) and (text := plain["evaluate"].get("text")):
         plain["evaluate"] = {**plain["evaluate"], "text": Path(text).name}
+    if isinstance(measured := plain.get("evaluate"), dict):
+        facts = measured.get("facts")
+        tasks = [without_folders(task) for task in measured.get("tasks", [])]
+        plain["evaluate"] = {**measured, "tasks": tasks, "facts": facts and Path(facts).name}
     if not (steps and Recipe.parse(recipe).calibrated):
         plain.pop("calibration", None)
     elif not (data := plain["calibration"]["data"]).startswith("dataset:"):

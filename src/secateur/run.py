@@ -29,7 +29,7 @@ from secateur.network.store import check_output
 from secateur.network.verify import CleanProcess, verify
 from secateur.network.zeros import size_under_zstd
 from secateur.plan_stage import PlanStage
-from secateur.recipe import Recipe
+from secateur.recipe import Evaluate, Recipe
 from secateur.report import measure, model_card, shape
 from secateur.stage import Stage
 from secateur.unit_stage import UnitStage
@@ -182,6 +182,8 @@ class Run:
         Returns: the source, the output directory and what it is to this run, the units left after the last step.
         """
         check_device(self.device)
+        if self.evaluate and isinstance(self.recipe.evaluate, Evaluate):
+            self.recipe.evaluate.check(self.trust_remote_code)
         source = open_model(self.spec, trust_remote_code=self.trust_remote_code)
         check_output(self.output, source)
         workspace = Workspace(self.output, self._identity(source))

@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict
 from secateur.errors import RequestError
 from secateur.evaluation.divergence import Divergence
 from secateur.evaluation.divergent import DivergentTokens
+from secateur.evaluation.kick import Kick
 from secateur.evaluation.memory import Memory
 from secateur.evaluation.perplexity import Perplexity
 from secateur.evaluation.speed import Pace, Speed
+from secateur.evaluation.tasks import TaskScore
 from secateur.files import human, write_text
 
 
@@ -37,8 +39,8 @@ class ResultCard(BaseModel):
     more_speed: in further settings than the first, which is `speed`.
 
     expected_gain: multiply-adds of the reference over those of the model, minus 1: what prefill would gain if time were
-    arithmetic alone. notes: sentences that a reader of the figures must know. versions: of the libraries that computed
-    them. What was not measured is None.
+    arithmetic alone. tasks, kick: scores of lm-eval's tasks, and of the LLM-KICK protocol. notes: sentences that a reader
+    of the figures must know. versions: of the libraries that computed them. What was not measured is None.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +53,8 @@ class ResultCard(BaseModel):
     speed: Speed | None = None
     more_speed: tuple[Speed, ...] = ()
     expected_gain: float | None = None
+    tasks: tuple[TaskScore, ...] = ()
+    kick: Kick | None = None
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = {}
 

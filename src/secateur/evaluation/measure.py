@@ -16,11 +16,15 @@ from secateur.evaluation.card import Column, ResultCard, findings
 from secateur.evaluation.divergence import Divergence, compare
 from secateur.evaluation.divergent import Continuations, DivergentTokens, divergent_tokens
 from secateur.evaluation.energy import Meter
+from secateur.evaluation.facts import read_facts
 from secateur.evaluation.forward import check_length, maximum_positions
+from secateur.evaluation.kick import Kick, examine_dense
+from secateur.evaluation.kick import kick as measure_kick
 from secateur.evaluation.memory import Memory, bytes_on_disk, memory
 from secateur.evaluation.perplexity import Perplexity, perplexity
 from secateur.evaluation.remembered import Remembered
 from secateur.evaluation.speed import PREFILL, Speed, speeds
+from secateur.evaluation.tasks import load_tasks, score
 from secateur.evaluation.text import Tokens, check_same_tokenizer, one_cut_from_other, read_text, self_written, tokenize
 from secateur.network.locate import locate
 from secateur.network.source import check_device, load, open_model
@@ -87,6 +91,10 @@ def evaluate(
     decode: int = 32,
     divergent: bool | Continuations = False,
     seed: int = 0,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    kick: bool = False,
+    facts: str | Path | None = None,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> ResultCard:
@@ -115,6 +123,11 @@ def evaluate(
         raise RequestError(
             "divergent tokens compare with a reference; name the model it was made from with --reference."
         )
+    asked = load_tasks(tasks, limit, trust_remote_code)
+    kicked = kick or facts is not None
+    if kicked and reference is None:
+        raise RequestError("--kick compares with the dense model: name it with --reference ORIGINAL.")
+    known = read_facts(facts, limit) if kicked else None
     specs = [model] if reference is None else [model, reference]
     for spec in specs:
         if isinstance(spec, str | Path):
@@ -145,6 +158,12 @@ def evaluate(
         if speed
         else ()
     )  # fmt: skip
+    pairs_of = [(each.module, each.tokenizer) for each in opened]
+    scores = score(asked, *pairs_of[0], pairs_of[1] if len(opened) == 2 else None, progress)
+    knowledge: Kick | None = None
+    if known is not None:
+        dense = examine_dense(*pairs_of[1], known, limit=limit, progress=progress)
+        knowledge = measure_kick(*pairs_of[0], dense, texts=alike, progress=progress)
     counted = timed[0].prefill.tokens if timed else _within(lengths[0] if lengths else PREFILL, modules)
     columns = [
         Column(
@@ -167,9 +186,13 @@ def evaluate(
         speed=timed[0] if timed else None,
         more_speed=timed[1:],
         expected_gain=columns[1].multiply_adds / columns[0].multiply_adds - 1 if len(columns) == 2 else None,
-        versions=_versions(),
+        tasks=scores,
+        kick=knowledge,
+        versions=_versions(bool(asked)),
     )
-    said = () if alike else (_OTHER_TOKENS + (_BY_BYTE if content is not None else _NO_TEXT),)
+    said: tuple[str, ...] = () if alike else (_OTHER_TOKENS + (_BY_BYTE if content is not None else _NO_TEXT),)
+    if knowledge is not None:
+        said += knowledge.findings(*(quality.perplexity if quality and alike else None for quality in qualities))
     return card.model_copy(update={"notes": said + findings(card)})
 
 
@@ -298,6 +321,7 @@ def _within(tokens: int, models: Sequence[nn.Module]) -> int:
     return min([tokens, *(limit for model in models if (limit := maximum_positions(model)) is not None)])
 
 
-def _versions() -> dict[str, str]:
-    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+def _versions(asked: bool) -> dict[str, str]:
+    names = ("torch", "transformers", *(("lm-eval", "datasets") if asked else ()))
+    libraries = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **libraries}

@@ -10,6 +10,7 @@ from secateur.evaluation.card import Column, ResultCard
 from secateur.evaluation.divergent import DivergentTokens
 from secateur.evaluation.memory import Memory
 from secateur.evaluation.speed import Pace, Speed, Spread
+from secateur.evaluation.task_table import score_rows, score_sentences
 
 ABSENT = "not measured"
 Row = tuple[str, str, str, str]
@@ -79,7 +80,7 @@ def _rows(card: ResultCard) -> list[Row]:
             if pace.joules is not None:
                 before = _spread(pace.reference_joules, 3) if pace.reference_joules else ""
                 rows.append((f"{name}, J/token", before, _spread(pace.joules, 3), ""))
-    return rows
+    return rows + score_rows(card)
 
 
 def _phases(speed: Speed) -> list[tuple[str, Pace]]:
@@ -167,7 +168,7 @@ def _sentences(card: ResultCard) -> list[str]:
         )
     if card.divergent is not None:
         lines.append(f"Divergent tokens, median (quartiles): {card.divergent.sentence()}.")
-    return [*lines, *card.notes]
+    return [*lines, *score_sentences(card), *card.notes]
 
 
 def _phases_of(memory: Memory) -> str:

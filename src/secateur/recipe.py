@@ -53,8 +53,8 @@ class Step(BaseModel):
 
 
 class Evaluate(BaseModel):
-    """What the result card measures after the run: text, window, windows, divergent (tokens), tasks, limit, kick and facts as
-    in `evaluate`.
+    """What the result card measures after the run: text, window, windows, divergent (tokens), tasks, limit, kick, facts as in
+    `evaluate`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

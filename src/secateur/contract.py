@@ -185,6 +185,14 @@ Kind = Literal[
 ]  # fmt: skip
 
 
+_TEXT = "calibration text"
+_GRADIENTS = f"{_TEXT}, gradients"
+_DRAWN = "drawn tokens (Zipf's law over the vocabulary), no text"
+_AS_CRITERION = "what its criterion reads"
+# Whether text must be given where a need says that it reads this; both where that hangs on another method.
+_READS_TEXT = {"": (False,), _TEXT: (True,), _GRADIENTS: (True,), _DRAWN: (False,), _AS_CRITERION: (False, True)}
+
+
 @dataclass(frozen=True)
 class Need:
     """What asking for a type means: how often the method is called, and what it must return one of.
@@ -198,15 +206,24 @@ class Need:
     data: str = ""
     beside: tuple[type, ...] = ()
 
+    @property
+    def reads_text(self) -> tuple[bool, ...]:
+        """Whether text must be given: (True,), (False,), or both where that hangs on another method."""
+        return _READS_TEXT[self.data]
 
-_TEXT = "calibration text"
+    @property
+    def differentiates(self) -> bool:
+        """Whether it takes a backward pass."""
+        return self.data == _GRADIENTS
+
+
 _READERS = (Weight, Units)  # what reads inputs: a matrix, or the matrix behind units
 NEEDS: dict[type, Need] = {
     Network: Need("network", (Plan,), "the whole network's matrices, read lazily"),
     Units: Need("units", (Cut,), "the units of one kind in one block"),
     Weight: Need("weight", (Mask, Update), "one matrix"),
     Matrices: Need("matrices", (Allocation,), "every matrix that is to be pruned, read lazily"),
-    UnitScores: Need("widths", (Allocation,), "the scores of all units of the network", "what its criterion reads"),
+    UnitScores: Need("widths", (Allocation,), "the scores of all units of the network", _AS_CRITERION),
     ErrorCurves: Need(
         "any",
         (),
@@ -221,7 +238,7 @@ NEEDS: dict[type, Need] = {
         "any",
         (),
         "how much the loss reacts to each block's weights (the whole model in memory)",
-        f"{_TEXT}, gradients",
+        _GRADIENTS,
         beside=(Blocks,),
     ),
     SilencedFlow: Need(
@@ -246,7 +263,7 @@ NEEDS: dict[type, Need] = {
         "any", (), "inputs in the dense network against those behind compressed layers", _TEXT, beside=_READERS
     ),
     Gradients: Need(
-        "any", (), "squared gradients of the loss (the whole model in memory)", f"{_TEXT}, gradients", beside=(Weight,)
+        "any", (), "squared gradients of the loss (the whole model in memory)", _GRADIENTS, beside=(Weight,)
     ),
     Evaluator: Need(
         "any",
@@ -259,7 +276,7 @@ NEEDS: dict[type, Need] = {
         "any",
         (),
         "Taylor terms of the loss for each unit (the whole model in memory)",
-        f"{_TEXT}, gradients",
+        _GRADIENTS,
         beside=(Units,),
     ),
     Routing: Need(
@@ -273,7 +290,7 @@ NEEDS: dict[type, Need] = {
         "any",
         (),
         "second moment of the layer's neurons on tokens drawn by Zipf's law over the vocabulary's order",
-        "drawn tokens (Zipf's law over the vocabulary), no text",
+        _DRAWN,
         beside=(Units,),
     ),
     Context: Need("any", (), "random streams, resumable state, artifacts, sharing of work"),

@@ -18,6 +18,8 @@ from secateur.registry import Cut, Moments, Units, method
     claim="without retraining better than LLM-Pruner and Wanda-sp on LLaMA (recalled)",
     when="after training",
     speedup="universal",
+    criterion="activation",
+    schedule="one-shot",
 )
 def flap(units: Units, moments: Moments, *, compensate: bool = True) -> Cut:
     """Keeps the units whose activations fluctuate most, weighted by their output columns.

@@ -17,6 +17,8 @@ from secateur.registry import Cut, InputNorms, Units, method
     claim="none for whole units: a baseline of later papers",
     when="after training",
     speedup="universal",
+    criterion="activation",
+    schedule="one-shot",
 )
 def wanda_units(
     units: Units, norms: InputNorms, *, norm: Literal["l2", "l1"] = "l2", over: Literal["sum", "mean"] = "sum"

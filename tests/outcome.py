@@ -25,7 +25,7 @@ def parameters(model: Any) -> int:
 
 
 def check_claim(method: Method, dense: nn.Module, result: nn.Module) -> None:
-    """Speed that is claimed for any hardware shows in dense matrices that are smaller or gone; nothing else changes a shape."""
+    """What claims a speedup on any hardware has made dense matrices smaller; nothing else changes a shape."""
     before, after = (
         {name: part.numel() for name, part in model.named_parameters(remove_duplicate=False) if part.ndim >= 2}
         for model in (dense, result)

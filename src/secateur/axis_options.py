@@ -11,7 +11,7 @@ from secateur.taxonomy import AXES
 
 
 def as_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a typer command, which takes them as **axes, one option for each axis: --kind, --data and so on, each repeatable."""
+    """Gives a typer command, which takes them as **axes, a repeatable option for each axis: --kind, --data and so on."""
     signature = inspect.signature(command)
     own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     options = [

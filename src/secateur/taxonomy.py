@@ -1,10 +1,11 @@
 """Where every method stands on the axes of two surveys, so that methods can be compared and found.
 
-Survey A is "A Survey on Deep Neural Network Pruning" (arXiv:2308.06767), survey B "Model Compression and Efficient Inference
-for Large Language Models" (arXiv:2402.09748). Neither was read in full: of A the axes are known, part of its contrast pairs and the
-granularities of its companion list, of B what its abstract separates. PROPOSED, not theirs, is the form: an axis is a set of
-values, because a method is often several things, `runtime` and `gradients` are axes at all, and most names of values. Of A's
-pairs, initialised and pre-trained weights, and static and dynamic, say nothing that `when` does not, and are not repeated.
+Survey A is "A Survey on Deep Neural Network Pruning" (arXiv:2308.06767), survey B "Model Compression and Efficient
+Inference for Large Language Models" (arXiv:2402.09748). Neither was read in full: of A the axes are known, part of its
+contrast pairs and the granularities of its companion list, of B what its abstract separates. Proposed, and not theirs, is
+the form: an axis is a set of values, because a method is often several things; `gradients`, `supervision`, `tuning`,
+`task`, `artefact` and `runtime` are axes at all; values have names of this project. Of the contrast pairs of A,
+initialised and pre-trained weights, and static and dynamic, say nothing that `when` does not, and are not repeated.
 
 What a signature says is derived here and written nowhere else; `method` in `secateur.registry` takes the rest.
 """

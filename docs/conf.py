@@ -22,6 +22,9 @@ myst_heading_anchors = 3
 default_role = "code"  # docstrings put single backticks around code
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_default_options = {"exclude-members": "model_config"}  # pydantic's, of no use to a reader
 add_module_names = False
 suppress_warnings = ["misc.highlighting_failure"]
 

@@ -36,7 +36,8 @@ from secateur.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = ("python", "sh", "yaml", "text")
-TEXTS = ("validation.txt", "wikitext2/validation.txt", "wikitext2/test.txt", "FILE")
+# How many words each has; FILE is enough for the default number of calibration sequences.
+TEXTS = {"validation.txt": 14000, "wikitext2/validation.txt": 14000, "wikitext2/test.txt": 14000, "FILE": 54000}
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ def settle(folder: Path) -> None:
         (place / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": 1024}))
     (package / "__init__.py").write_text("")
     generator = torch.Generator().manual_seed(0)
-    for number, name in enumerate(TEXTS):
-        words = torch.randint(len(tiny.PAIRS.split()), (14000,), generator=generator)
-        pairs = tiny.PAIRS.split()
+    pairs = tiny.PAIRS.split()
+    for number, (name, count) in enumerate(TEXTS.items()):
+        words = torch.randint(len(pairs), (count,), generator=generator)
         text = "".join(pairs[word] + " " * (place % 3 == number % 3) for place, word in enumerate(words.tolist()))
         path = folder / name
         path.parent.mkdir(exist_ok=True)

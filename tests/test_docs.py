@@ -54,7 +54,7 @@ def place(settled: Path, tmp_path: Path, clean: CleanProcess, monkeypatch: pytes
     here.ask = lambda location, *a, **given: clean.ask(location.resolve(), *a, **given)  # type: ignore[method-assign]
     speed = measure.measure_speed
     monkeypatch.setattr(measure, "measure_speed", lambda *a, **given: speed(*a, **{**given, "pairs": 1, "decode": 2}))
-    monkeypatch.setattr(measure, "PREFILL", 32)
+    monkeypatch.setattr(measure, "WRITTEN_WINDOW", 16)  # what the reference writes itself, token by token
     return tmp_path
 
 

@@ -40,8 +40,14 @@ lint: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: .venv/.base
+.venv/.docs: .venv/.base
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	@touch $@
+
+# The pages of the methods, then all of it as a site that opens from disk: out/docs/index.html.
+docs: .venv/.docs
 	$(BIN)/python docs/build.py
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs out/docs -d out/.doctrees
 
 clean:
 	rm -rf .venv out

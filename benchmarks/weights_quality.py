@@ -53,7 +53,7 @@ ALLOCATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @register(
     "alphapruning_reversed", kind="allocation", paper="arXiv:2410.10912", claim="none: a control", when="after training",
-    speedup="specific",
+    speedup="specific", criterion="spectrum", schedule="one-shot",
 )  # fmt: skip
 def alphapruning_reversed(network: Matrices, context: Context, *, epsilon: float = 0.3) -> Allocation:
     """Takes from each matrix as much more than its even share as AlphaPruning takes less.

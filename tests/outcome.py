@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from secateur.registry import Method
+
 # Measurements and times live here alone; everything else is promised bit for bit.
 MEASURED = {"secateur.json", "README.md"}
 
@@ -20,6 +22,21 @@ def promised(directory: Path) -> dict[str, str]:
 
 def parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_claim(method: Method, dense: nn.Module, result: nn.Module) -> None:
+    """What claims a speedup on any hardware has made dense matrices smaller; nothing else changes a shape."""
+    before, after = (
+        {name: part.numel() for name, part in model.named_parameters(remove_duplicate=False) if part.ndim >= 2}
+        for model in (dense, result)
+    )
+    smaller = [name for name, count in before.items() if after.get(name, 0) < count]
+    larger = [name for name, count in after.items() if before.get(name, 0) < count]
+    assert not larger, f"{method.name} makes {larger[0]} larger"
+    if method.speedup == "universal":
+        assert smaller, f"{method.name} claims a universal speedup, but every dense matrix is as large as before"
+    else:
+        assert not smaller, f"{method.name} claims no universal speedup, but {smaller[0]} is smaller"
 
 
 @contextmanager

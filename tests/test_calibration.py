@@ -57,7 +57,10 @@ def probe() -> Iterator[Seen]:
     def note(weight: Weight, **given: Any) -> None:
         seen[weight.name] = given
 
-    card: dict[str, Any] = {"kind": "weights", "paper": "", "claim": "none", "when": "after training"}
+    card: dict[str, Any] = {
+        "kind": "weights", "paper": "", "claim": "none", "when": "after training", "criterion": "random",
+        "schedule": "one-shot",
+    }  # fmt: skip
 
     @registry.method("probe", **card, speedup="specific")
     def probe(

@@ -9,6 +9,7 @@ from torch import nn
 
 import secateur
 import tiny
+from secateur import forecast
 from secateur.calibration.passes import Passes
 from secateur.calibration.samples import Calibration, Samples
 from secateur.calibration.statistics import CrossGram, Gram, Sums
@@ -126,3 +127,16 @@ def test_experts_are_refused(model: Callable[..., Path], tmp_path: Path) -> None
     with pytest.raises(secateur.RequestError, match="experts may get other tokens"):
         secateur.compress(model("mixtral"), recipe=secateur.Recipe.parse(recipe), output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_times_it_with_one_batch_and_with_two(model: Callable[..., Path], tmp_path: Path) -> None:
+    """The dense network's hidden states of the first try are gone when the second begins, like the others."""
+    (tmp_path / "text.txt").write_text("the garden in spring " * 2000)
+    recipe = secateur.Recipe.parse(
+        {
+            "steps": ["dense_refit"],
+            "calibration": {"data": str(tmp_path / "text.txt"), "samples": 40, "length": 256},
+        }
+    )
+    said = forecast.dry_run(model("llama"), recipe=recipe, output=tmp_path / "out")
+    assert said["seconds"] > 0

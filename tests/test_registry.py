@@ -12,6 +12,7 @@ from secateur.registry import Context, Cut, Network, Plan, Ratio, SyntheticGram,
 
 CARD: dict[str, Any] = {
     "kind": "structure", "paper": "", "claim": "none", "when": "after training", "speedup": "universal",
+    "criterion": "position", "schedule": "one-shot",
 }  # fmt: skip
 
 

@@ -234,8 +234,9 @@ def broken_method() -> Iterator[dict[str, bool]]:
     state = {"broken": True}
 
     @registry.method(
-        "broken_units", kind="structure", paper="", claim="none", when="after training", speedup="universal"
-    )
+        "broken_units", kind="structure", paper="", claim="none", when="after training", speedup="universal",
+        criterion="position", schedule="one-shot",
+    )  # fmt: skip
     def broken_units(units: Units, context: Context) -> Cut:
         """Keeps the first neurons."""
         kept = torch.arange(units.keep)

@@ -89,7 +89,10 @@ def allocation() -> Iterator[dict[str, Any]]:
     """An allocation that gives what the test says: of each matrix by its place, and how often it was asked."""
     state: dict[str, Any] = {"give": None, "asked": 0}
 
-    @registry.method("given", kind="allocation", paper="", claim="none", when="after training", speedup="specific")
+    @registry.method(
+        "given", kind="allocation", paper="", claim="none", when="after training", speedup="specific",
+        criterion="random", schedule="one-shot",
+    )  # fmt: skip
     def given(network: Matrices, context: Context) -> Allocation:
         """Gives what it is told."""
         state["asked"] += 1

@@ -4,7 +4,6 @@ A block: parameters one by one into the modules → tokens through, inputs summe
 tokens through again → what was decided to files → journal. Without calibration only the middle is left.
 """
 
-import shutil
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,7 +97,7 @@ class BlockStage(Stage):
         took = []
         for batches in (1, 2):
             self._passes = self._passes_of(Samples(list(ids[: max(1, batches * count // total)]), [], "random"))
-            shutil.rmtree(self._passes.folder, ignore_errors=True)  # hidden states of the last try
+            self._passes.clear()  # hidden states of the last try
             self._passes.capture()
             took.append(self._timed(first))
         each = max(took[1] - took[0], 0.0)

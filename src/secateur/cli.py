@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from secateur.axis_options import as_options
 from secateur.context import Advance, process_group, silent
 from secateur.context import Progress as Bars
 from secateur.errors import RequestError, SecateurError
@@ -216,18 +217,24 @@ def compare(
 
 
 @app.command()
+@as_options
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     log_level: LogLevel = "warning",
     debug: Debug = False,
     quiet: Quiet = False,  # as for every command; there is nothing here but the result
+    **axes: list[str] | None,
 ) -> None:
-    """Lists the methods, or shows one with its parameters."""
+    """Lists the methods, all or those with the values asked for, or shows one with its parameters."""
     with _told(log_level, debug):
         from secateur import registry
+        from secateur.taxonomy import matching
 
-        chosen = [registry.find(name)] if name else list(registry.methods().values())
+        wanted = {axis: values for axis, values in axes.items() if values}
+        if name and wanted:
+            raise RequestError(f"give a method's name or --{next(iter(wanted))}, not both.")
+        chosen = [registry.find(name)] if name else matching(registry.methods().values(), wanted)
         if json_:
             cards = [method.card() for method in chosen]
             typer.echo(json.dumps(cards[0] if name else cards, indent=2))
@@ -237,7 +244,7 @@ def methods(
             table = Table(Column("method", no_wrap=True), "kind", "data", "paper", "what it does")
             for method in chosen:
                 table.add_row(method.name, method.kind, method.data, method.paper or "our own", method.summary)
-            console.print(table)
+            console.print(table if chosen else "no method is all of this.")
 
 
 @app.command()
@@ -360,10 +367,13 @@ def explain(
 
 def _print_method(card: dict[str, Any]) -> None:
     console.print(f"{card['name']} ({card['kind']}): {card['summary']}", highlight=False)
-    for key in ("paper", "claim", "when", "speedup", "decides", "data", "scope"):
+    for key in ("paper", "claim", "data", "scope"):
         console.print(f"  {key}: {card[key] or 'our own'}", highlight=False)
     if card["caution"]:
         console.print(f"  note: {card['caution']}", style="yellow", highlight=False)
+    console.print("  by the surveys' axes (each is an option of `secateur methods`):", highlight=False)
+    for axis, values in card["taxonomy"].items():
+        console.print(f"    {axis}: {', '.join(values)}", highlight=False)
     table = Table(Column("parameter", no_wrap=True), "default", "meaning")
     for name, entry in card["parameters"].items():
         table.add_row(name, json.dumps(entry["default"]), entry["help"])

@@ -190,6 +190,15 @@ Kind = Literal[
 ]  # fmt: skip
 
 
+TEXT = "calibration text"
+"""What methods that learn from text say of their data, where they need no gradients."""
+_GRADIENTS = f"{TEXT}, gradients"
+_DRAWN = "drawn tokens (Zipf's law over the vocabulary), no text"
+_AS_CRITERION = "what its criterion reads"
+# Whether text must be given where a need says that it reads this; both where that hangs on another method.
+_READS_TEXT = {"": (False,), TEXT: (True,), _GRADIENTS: (True,), _DRAWN: (False,), _AS_CRITERION: (False, True)}
+
+
 @dataclass(frozen=True)
 class Need:
     """What asking for a type means: how often the method is called, and what it must return one of.
@@ -203,16 +212,24 @@ class Need:
     data: str = ""
     beside: tuple[type, ...] = ()
 
+    @property
+    def reads_text(self) -> tuple[bool, ...]:
+        """Whether text must be given: (True,), (False,), or both where that hangs on another method."""
+        return _READS_TEXT[self.data]
 
-TEXT = "calibration text"
-"""What methods that learn from text say of their data, where they need no gradients."""
+    @property
+    def differentiates(self) -> bool:
+        """Whether it takes a backward pass."""
+        return self.data == _GRADIENTS
+
+
 _READERS = (Weight, Units)  # what reads inputs: a matrix, or the matrix behind units
 NEEDS: dict[type, Need] = {
     Network: Need("network", (Plan,), "the whole network's matrices, read lazily"),
     Units: Need("units", (Cut,), "the units of one kind in one block"),
     Weight: Need("weight", (Mask, Update), "one matrix"),
     Matrices: Need("matrices", (Allocation,), "every matrix that is to be pruned, read lazily"),
-    UnitScores: Need("widths", (Allocation,), "the scores of all units of the network", "what its criterion reads"),
+    UnitScores: Need("widths", (Allocation,), "the scores of all units of the network", _AS_CRITERION),
     ErrorCurves: Need(
         "any",
         (),
@@ -227,7 +244,7 @@ NEEDS: dict[type, Need] = {
         "any",
         (),
         "how much the loss reacts to each block's weights (the whole model in memory)",
-        f"{TEXT}, gradients",
+        _GRADIENTS,
         beside=(Blocks,),
     ),
     SilencedFlow: Need(
@@ -252,7 +269,7 @@ NEEDS: dict[type, Need] = {
         "any", (), "inputs in the dense network against those behind compressed layers", TEXT, beside=_READERS
     ),
     Gradients: Need(
-        "any", (), "squared gradients of the loss (the whole model in memory)", f"{TEXT}, gradients", beside=(Weight,)
+        "any", (), "squared gradients of the loss (the whole model in memory)", _GRADIENTS, beside=(Weight,)
     ),
     Evaluator: Need(
         "any",
@@ -272,7 +289,7 @@ NEEDS: dict[type, Need] = {
         "any",
         (),
         "Taylor terms of the loss for each unit (the whole model in memory)",
-        f"{TEXT}, gradients",
+        _GRADIENTS,
         beside=(Units,),
     ),
     Routing: Need(
@@ -286,7 +303,7 @@ NEEDS: dict[type, Need] = {
         "any",
         (),
         "second moment of the layer's neurons on tokens drawn by Zipf's law over the vocabulary's order",
-        "drawn tokens (Zipf's law over the vocabulary), no text",
+        _DRAWN,
         beside=(Units,),
     ),
     Context: Need("any", (), "random streams, resumable state, artifacts, sharing of work"),

@@ -53,9 +53,7 @@ class Step(BaseModel):
 
 
 class Evaluate(BaseModel):
-    """What the result card measures after the run: text, window, windows, divergent (tokens), tasks, limit, kick, facts as in
-    `evaluate`.
-    """
+    """What the result card measures after the run, as in `evaluate`. divergent: divergent tokens too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

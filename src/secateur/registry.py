@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 from pydantic import BeforeValidator
@@ -48,6 +48,7 @@ from secateur.network.blocks import Blocks, Kept
 from secateur.network.scores import ErrorCurves, UnitScores
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Neurons, Plan, Units, Update, Weight
 from secateur.network.vocabulary import KeptTokens, Vocabulary
+from secateur.taxonomy import Comparison, Criterion, Family, Said, Schedule, Speedup, Tuning, When, classify
 from secateur.tensor.patterns import Budget
 
 __all__ = [
@@ -108,7 +109,7 @@ class Method:
     claim: str
     when: str
     speedup: str
-    learned: bool
+    taxonomy: Mapping[str, tuple[str, ...]]
     axes: tuple[CutAxis, ...]
     function: Callable[..., Any]
     needs: dict[str, type]
@@ -226,10 +227,11 @@ class Method:
             "when": self.when,
             "speedup": self.speedup,
             "caution": self.caution,
-            "decides": "learned" if self.learned else "criterion",
+            "decides": ", ".join(self.taxonomy["decides"]),
             "data": self.data,
             "scope": self.scope,
             "cuts": ", ".join(self.axes) if self.scope in ("units", "network") else "",
+            "taxonomy": {axis: list(values) for axis, values in self.taxonomy.items()},
             "needs": {
                 name: NEEDS[need].what + (f" ({when})" if (when := self._condition(name)) else "")
                 for name, need in self.needs.items()
@@ -250,9 +252,15 @@ def method(
     kind: Kind,
     paper: str,
     claim: str,
-    when: Literal["before training", "during training", "after training", "at inference"],
-    speedup: Literal["universal", "specific", "none"],
-    learned: bool = False,
+    when: When,
+    speedup: Speedup,
+    criterion: Criterion | tuple[Criterion, ...],
+    schedule: Schedule,
+    comparison: Comparison | tuple[Comparison, ...] = (),
+    fuses: tuple[Family, ...] = (),
+    family: Family | None = None,
+    tuning: Tuning | None = None,
+    uneven: bool = False,
     axes: tuple[CutAxis, ...] = COLUMN_AXES,
     only: Mapping[str, Mapping[str, Any]] | None = None,
     refuses: Callable[[Mapping[str, Any]], str | None] = lambda _: None,
@@ -264,8 +272,14 @@ def method(
         name: what people script: lower case, unique.
         paper: where it is published, such as "arXiv:2501.15296"; "" with `claim` saying whose it is for our own.
         claim: one sentence: what the source claims.
-        speedup: universal (dense, smaller matrices), specific (needs hardware or kernels), none.
-        learned: units are chosen by something trained, not by a fixed criterion.
+        speedup: universal (dense, smaller matrices), specific (needs hardware or kernels), none. The test matrix compares
+            the shapes of every result with what is claimed.
+        criterion: what it looks at to decide, one or several; "another method's" where it names one.
+        schedule: iterative where what is left is measured again before more goes.
+        comparison: for methods that plan a whole network, who a unit competes with; it follows from the signature of others.
+        fuses: other families of compression that it can apply in the same step.
+        family, tuning: for kinds that do not say it (training, recovery, ...): see `secateur.taxonomy`.
+        uneven: by default blocks come out with different widths, and the result needs the code beside it.
         axes: the units that it can cut, for a method that cuts some.
         only: what is asked for under some parameters alone, {asked for: {parameter: value}}; it is None otherwise, and its
             type says so.
@@ -327,8 +341,10 @@ def method(
         help_texts = _parameter_help(inspect.getdoc(function) or "")
         if missing := own - set(help_texts):
             raise TypeError(f"{name}: the docstring says nothing of {sorted(missing)}")
+        said = Said(when, speedup, criterion, schedule, comparison, fuses, family, tuning, uneven)
+        taxonomy = classify(name, kind, next(iter(scopes)), axes, needs, conditions, said)
         _registry[name] = Method(
-            name, kind, paper, claim, when, speedup, learned, axes, function, needs, schema,
+            name, kind, paper, claim, when, speedup, taxonomy, axes, function, needs, schema,
             {key: common[key][2] if key in common else help_texts[key] for key in fields}, conditions,
             refuses, scores,
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """Calibration tokens on their way through the blocks of one step, in whichever way the recipe wants."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,9 +86,11 @@ class Passes:
     def batches(self) -> list[Batch]:
         return self._tokens.batches
 
-    @property
-    def folder(self) -> Path:
-        return self._tokens.folder
+    def clear(self) -> None:
+        """Removes all hidden states, as if nothing had been passed yet."""
+        for tokens in (self._tokens, self._dense):
+            if tokens is not None:
+                shutil.rmtree(tokens.folder, ignore_errors=True)
 
     def capture(self) -> None:
         """Sees how blocks are called, once; what lies outside them is in memory meanwhile."""

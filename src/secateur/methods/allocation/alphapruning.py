@@ -26,6 +26,8 @@ from secateur.tensor.heavy_tails import alpha_mid, alpha_peak, eigenvalues
     claim="LLaMA-7B can be pruned to 80 % with reasonable perplexity",
     when="after training",
     speedup="specific",
+    criterion="spectrum",
+    schedule="one-shot",
 )
 def alphapruning(
     network: Matrices,

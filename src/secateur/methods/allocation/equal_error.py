@@ -24,6 +24,8 @@ from secateur.registry import Allocation, Context, ErrorCurves, UnitScores, meth
     claim="none: our own",
     when="after training",
     speedup="universal",
+    criterion=("reconstruction", "another method's"),
+    schedule="one-shot",
 )
 def equal_error(
     network: UnitScores,

@@ -20,6 +20,8 @@ from secateur.tensor.budgets import erdos_renyi_counts
     claim="dynamic sparse training with these densities is more accurate than with uniform ones (recalled)",
     when="after training",
     speedup="specific",
+    criterion="shape",
+    schedule="one-shot",
 )
 def erk(network: Matrices, *, power: Annotated[float, Field(ge=0)] = 1.0) -> Allocation:
     """Keeps a share of each matrix in proportion to (outputs + inputs) / (outputs x inputs); needs neither data nor

@@ -29,6 +29,8 @@ from secateur.tensor.thresholds import cheapest_counts
     claim="better than the same ratio for every layer (FLAP's ablation, recalled)",
     when="after training",
     speedup="universal",
+    criterion="another method's",
+    schedule="one-shot",
 )
 def flap_search(
     network: UnitScores, *, joint: bool = True, limit: Annotated[float, Field(gt=0, le=1)] = 0.99

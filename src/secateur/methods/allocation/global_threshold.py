@@ -16,6 +16,8 @@ from secateur.tensor.patterns import Pattern
     claim="the common baseline: magnitude pruning without layers",
     when="after training",
     speedup="specific",
+    criterion="magnitude",
+    schedule="one-shot",
     refuses=lambda given: (
         "it counts single weights, not tiles; give a plain fraction, such as pattern=0.5."
         if "pattern" in given and Pattern.parse(given["pattern"]).block is not None

@@ -25,6 +25,8 @@ Positive = Annotated[float, Field(gt=0)]
     claim="as a schedule of iterative pruning it beats lottery-ticket pruning; as a layer budget it is our proposal",
     when="after training",
     speedup="specific",
+    criterion="magnitude",
+    schedule="one-shot",
     refuses=lambda given: (
         f"it needs p < q, found p={given['p']:g} and q={given['q']:g}." if given["p"] >= given["q"] else None
     ),

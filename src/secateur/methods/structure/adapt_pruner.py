@@ -35,6 +35,10 @@ Score = Literal["activation", "magnitude"]
     claim="1 to 7 % better on average than LLM-Pruner, FLAP and SliceGPT on LLaMA-3.1-8B",
     when="after training",
     speedup="universal",
+    criterion=("similarity", "activation", "magnitude"),
+    schedule="iterative",
+    comparison="global",
+    uneven=True,
     axes=("heads", "neurons"),
 )
 def adapt_pruner(

@@ -14,6 +14,8 @@ from secateur.registry import Blocks, Flow, Kept, method
     claim="removing layers alone significantly outperforms earlier pruning of large language models",
     when="after training",
     speedup="universal",
+    criterion="similarity",
+    schedule="one-shot",
 )
 def block_influence(blocks: Blocks, flow: Flow) -> Kept:
     """Removes the blocks whose output points most nearly where their input does, by the mean cosine of tokens."""

@@ -94,6 +94,9 @@ class _Module:
     claim="forward passes alone give better structured pruning than gradients, on one GPU that can only run the model",
     when="after training",
     speedup="universal",
+    criterion="loss",
+    schedule="iterative",
+    comparison=("layer", "global"),
     axes=("heads", "neurons"),
 )
 def bonsai(

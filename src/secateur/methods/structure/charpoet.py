@@ -19,6 +19,8 @@ from secateur.registry import KeptTokens, Vocabulary, method
     claim="formats are met in more than 96 % of poems, against 38 % of GPT-4",
     when="after training",
     speedup="universal",
+    criterion="characters",
+    schedule="one-shot",
 )
 def charpoet(words: Vocabulary) -> KeptTokens:
     """Keeps tokens that write one character or one byte, and special ones, for text of an exact length."""

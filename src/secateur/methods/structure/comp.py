@@ -22,6 +22,8 @@ from secateur.tensor.mask_tuning import leverage_scores, tune_scales
     claim="6.13 % better than LLM-Pruner on LLaMA-2-7B at 20 %, with 80 % less memory",
     when="after training",
     speedup="universal",
+    criterion="reconstruction",
+    schedule="one-shot",
 )
 def comp(
     units: Units,

@@ -21,6 +21,8 @@ from secateur.registry import Cut, Moments, Units, method
     when="after training",
     speedup="universal",
     axes=(*COLUMN_AXES, "head_dims"),
+    criterion="activation",
+    schedule="one-shot",
 )
 def flap(units: Units, moments: Moments, *, compensate: bool = True) -> Cut:
     """Keeps the units whose activations fluctuate most, weighted by their output columns.

@@ -36,6 +36,8 @@ from secateur.tensor.products import linear
     claim="without data, LLaMA-7B at 20 % is near FLAP and Wanda-sp, which need some",
     when="after training",
     speedup="universal",
+    criterion="similarity",
+    schedule="one-shot",
     axes=("heads", "neurons"),
     scores=False,
 )

@@ -23,6 +23,8 @@ from secateur.registry import BlockGradients, Blocks, Context, Flow, Kept, LossW
     claim="without the last quarter of its layers, and tuned, a model does as well as with elaborate metrics",
     when="after training",
     speedup="universal",
+    criterion=("position", "random", "magnitude", "similarity", "saliency", "loss"),
+    schedule="one-shot",
     only={
         "flow": {"metric": "influence"},
         "gradients": {"metric": "taylor"},

@@ -24,6 +24,8 @@ from secateur.tensor.interpolation import interpolate
     claim="BERT keeps 98 % of its accuracy with half of its parameters removed, in minutes",
     when="after training",
     speedup="universal",
+    criterion="another method's",
+    schedule="one-shot",
     refuses=lambda given: (
         "fold merges units instead of choosing some, and its merging would be lost; use fold alone."
         if given["by"] is not None and given["by"].method.name == "fold"

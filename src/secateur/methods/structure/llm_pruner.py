@@ -28,6 +28,8 @@ from secateur.registry import Cut, UnitGradients, Units, method
     claim="LLaMA-7B at 5.4 billion parameters, tuned on Alpaca, has a zero-shot average of 59.23, dense 63.25",
     when="after training",
     speedup="universal",
+    criterion="saliency",
+    schedule="one-shot",
 )
 def llm_pruner(
     units: Units,

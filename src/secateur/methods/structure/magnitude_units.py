@@ -15,6 +15,8 @@ from secateur.registry import Cut, Units, method
     claim="none: the baseline that reads weight norms alone",
     when="after training",
     speedup="universal",
+    criterion="magnitude",
+    schedule="one-shot",
     axes=AXES,
 )
 def magnitude_units(units: Units, *, norm: Literal["first", "all"] = "first") -> Cut:

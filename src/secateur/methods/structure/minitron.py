@@ -68,6 +68,9 @@ def _contradiction(given: Mapping[str, Any]) -> str | None:
     claim="15B to 8B and 4B with up to 40 times fewer training tokens than from scratch, after distillation",
     when="after training",
     speedup="universal",
+    criterion="activation",
+    schedule="one-shot",
+    comparison=("layer", "global"),
     axes=("heads", "neurons", "channels"),
     refuses=_contradiction,
 )

@@ -47,7 +47,9 @@ Positive = Annotated[float, Field(gt=0)]
     claim="LLaMA-2-7B loses 30 % of its feed-forward neurons in 15 minutes, keeping over 80 % of zero-shot performance",
     when="after training",
     speedup="universal",
-    learned=True,
+    criterion="reinforcement learning",
+    schedule="one-shot",
+    comparison="layer",
     axes=("neurons",),
 )
 def prunenet(

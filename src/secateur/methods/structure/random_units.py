@@ -13,6 +13,8 @@ from secateur.registry import Context, Cut, Units, method
     claim="none: the baseline every criterion is compared with",
     when="after training",
     speedup="universal",
+    criterion="random",
+    schedule="one-shot",
     axes=AXES,
 )
 def random_units(units: Units, context: Context) -> Cut:

@@ -30,6 +30,9 @@ Score = Literal["reap", "frequency", "weighted_frequency_sum", "ean_sum", "ean_m
     claim="near-lossless code generation and tool calling with Qwen3-Coder-480B and Kimi-K2 without half of their experts",
     when="after training",
     speedup="universal",
+    criterion=("activation", "frequency"),
+    schedule="one-shot",
+    comparison="layer",
     axes=("experts",),
 )
 def reap(

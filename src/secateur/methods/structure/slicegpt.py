@@ -31,6 +31,9 @@ from secateur.tensor.directions import principal_directions, random_directions
     "shortcuts: 25 % of LLaMA-2-70B goes and 99 % of its zero-shot performance stays",
     when="after training",
     speedup="universal",
+    criterion=("spectrum", "random"),
+    schedule="one-shot",
+    comparison="global",
     axes=("channels",),
 )
 def slicegpt(

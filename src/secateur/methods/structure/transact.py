@@ -23,6 +23,8 @@ from secateur.registry import Cut, InputNorms, Units, method
     claim="best at high compression of LLaMA-2-7B, with a smaller KV cache",
     when="after training",
     speedup="universal",
+    criterion="activation",
+    schedule="one-shot",
 )
 def transact(units: Units, norms: InputNorms, *, peak: Annotated[float, Field(ge=0)] = 10.0) -> Cut:
     """Keeps the units with the largest activations, weights not looked at.

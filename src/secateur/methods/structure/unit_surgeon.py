@@ -26,6 +26,8 @@ from secateur.tensor.elimination import eliminate_units
     claim="none: our own",
     when="after training",
     speedup="universal",
+    criterion="reconstruction",
+    schedule="one-shot",
     axes=("heads", "neurons"),
     scores=False,
 )

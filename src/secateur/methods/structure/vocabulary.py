@@ -25,6 +25,8 @@ Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance
     claim="dropping unused tokens costs nothing on the language that is kept, and is better than a retrained tokenizer",
     when="after training",
     speedup="universal",
+    criterion=("frequency", "characters"),
+    schedule="one-shot",
     only={"counts": {"by": "text"}},
 )
 def vocabulary(

@@ -20,6 +20,8 @@ from secateur.registry import Cut, InputNorms, Units, method
     when="after training",
     speedup="universal",
     axes=(*COLUMN_AXES, "head_dims"),
+    criterion="activation",
+    schedule="one-shot",
 )
 def wanda_units(
     units: Units, norms: InputNorms, *, norm: Literal["l2", "l1"] = "l2", over: Literal["sum", "mean"] = "sum"

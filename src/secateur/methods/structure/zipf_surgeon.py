@@ -30,6 +30,8 @@ from secateur.registry import Cut, SyntheticGram, Units, method
     claim="without data, at most half the perplexity random neurons leave (SmolLM2-135M at ratio 0.2, WikiText-2 test)",
     when="after training",
     speedup="universal",
+    criterion="reconstruction",
+    schedule="one-shot",
     axes=("neurons",),
     scores=False,
 )

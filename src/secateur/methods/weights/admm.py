@@ -24,6 +24,8 @@ from secateur.tensor.admm import admm as solve
     claim="the best one-shot pruning of its time across a wide range of LLMs, by a fast weight update",
     when="after training",
     speedup="specific",
+    criterion="reconstruction",
+    schedule="one-shot",
     refuses=lambda parameters: (
         f"the mask grows for {parameters['ramp']} iterations, but there are {parameters['iterations']}; lower ramp."
         if parameters["mask"] is None and parameters["ramp"] > parameters["iterations"]

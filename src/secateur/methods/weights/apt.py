@@ -47,6 +47,8 @@ def _contradiction(parameters: Mapping[str, Any]) -> str | None:
     claim="better than the post-training pruning before it on transformer and Mamba LLMs, unstructured and N:M",
     when="after training",
     speedup="specific",
+    criterion="reconstruction",
+    schedule="one-shot",
     refuses=_contradiction,
 )
 def apt(

@@ -29,6 +29,8 @@ from secateur.tensor.swaps import refine
     claim="at 70 % LLaMA-7B has a perplexity 26.79 below Wanda's; at 50 % others found it no better than Wanda",
     when="after training",
     speedup="specific",
+    criterion="reconstruction",
+    schedule="one-shot",
     refuses=lambda given: (
         "it swaps single weights, which breaks tiles; use a plain fraction or N:M."
         if Pattern.parse(given["pattern"]).block is not None

@@ -17,6 +17,8 @@ from secateur.registry import Budget, Mask, Weight, method
     claim="AlexNet keeps one of nine weights without loss of accuracy, trained again after pruning",
     when="after training",
     speedup="specific",
+    criterion="magnitude",
+    schedule="one-shot",
 )
 def magnitude(weight: Weight, budget: Budget, *, per: Literal["row", "layer"] = "layer") -> Mask:
     """Removes the weights of the smallest absolute value.

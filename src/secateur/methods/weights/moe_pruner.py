@@ -21,6 +21,8 @@ from secateur.registry import Budget, GatedNorms, Mask, Weight, method
     claim="Mixtral-8x7B at 50 %: WikiText perplexity 4.68 where Wanda has 4.97 and the dense model 3.84",
     when="after training",
     speedup="specific",
+    criterion="activation",
+    schedule="one-shot",
 )
 def moe_pruner(weight: Weight, norms: GatedNorms, budget: Budget, *, per: Literal["row", "layer"] = "row") -> Mask:
     """Removes the lowest |weight| · input norm, where a token counts by the router's gate.

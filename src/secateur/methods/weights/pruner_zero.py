@@ -25,6 +25,8 @@ from secateur.tensor.expressions import PUBLISHED, Expression, evaluate
     claim="an evolved metric prunes LLaMA and LLaMA-2 better than the metrics made by hand, without weight update",
     when="after training",
     speedup="specific",
+    criterion="saliency",
+    schedule="one-shot",
 )
 def pruner_zero(
     weight: Weight,

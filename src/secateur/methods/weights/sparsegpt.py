@@ -26,6 +26,9 @@ from secateur.tensor.sweep import by_budget, sweep
     claim="OPT-175B and BLOOM-176B in less than 4.5 hours: 50 to 60 % sparsity with little loss of perplexity",
     when="after training",
     speedup="specific",
+    criterion="reconstruction",
+    schedule="one-shot",
+    fuses=("quantization",),
 )
 def sparsegpt(
     weight: Weight,

@@ -22,6 +22,8 @@ from secateur.registry import Budget, InputNorms, Mask, Weight, method
     claim="LLaMA-2-7B at 50 %: WikiText perplexity 6.42 where magnitude has 14.89 and SparseGPT 6.51 (dense 5.12)",
     when="after training",
     speedup="specific",
+    criterion="activation",
+    schedule="one-shot",
 )
 def wanda(weight: Weight, norms: InputNorms, budget: Budget, *, per: Literal["row", "layer", "mass"] = "row") -> Mask:
     """Removes the weights of the smallest |weight| · norm of the input.

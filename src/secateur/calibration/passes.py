@@ -13,7 +13,7 @@ from secateur.calibration.propagation import Batch, Propagation
 from secateur.calibration.samples import Calibration, Samples
 from secateur.calibration.sequential import solve_in_passing
 from secateur.calibration.statistics import CrossGram, Statistics
-from secateur.context import processes, spread
+from secateur.context import give_back_memory, processes, spread
 from secateur.errors import RequestError
 from secateur.network.anatomy import Block
 from secateur.network.matrices import MatrixRef
@@ -113,6 +113,7 @@ class Passes:
         else:
             rest = list(refs)
             self._collect(block, refs, collector, last)
+            give_back_memory()  # activations, which what the first matrix needs beside it would come on top of
         if rest:
             statistics = collector.results()
             groups: dict[int, list[MatrixRef]] = {}

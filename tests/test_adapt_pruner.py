@@ -16,7 +16,8 @@ import tiny
 from secateur.calibration.samples import Samples
 from secateur.calibration.silenced_flow import SilencedFlow, Where
 from secateur.methods.structure import adapt_pruner
-from secateur.network.anatomy import Axis, anatomy
+from secateur.network.anatomy import Axis
+from secateur.network.examine import anatomy
 from secateur.network.source import open_model
 from secateur.network.verify import CleanProcess
 from secateur.tensor.layer_ratios import largest_removals, next_ratios, relative_importance, removals

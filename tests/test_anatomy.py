@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig, OPTConfi
 import tiny
 from odd import Cell, Flat, Language, Lies, LowRank, Mixing, Odd, Running, UpFirst, Wrapped, language
 from secateur.errors import RequestError
-from secateur.network.anatomy import Anatomy, anatomy, to_dict
+from secateur.network.anatomy import Anatomy, to_dict
+from secateur.network.examine import anatomy
 from secateur.network.surgery import cut_module
 from secateur.network.views import Cut
 

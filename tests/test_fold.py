@@ -16,7 +16,8 @@ from secateur.context import Context
 from secateur.cuts import Cuts
 from secateur.errors import RunError
 from secateur.methods.structure.fold import fold
-from secateur.network.anatomy import Axis, Group, anatomy
+from secateur.network.anatomy import Axis, Group
+from secateur.network.examine import anatomy
 from secateur.network.source import open_model
 from secateur.network.surgery import cut_tensors, silence_tensors
 from secateur.network.verify import CleanProcess

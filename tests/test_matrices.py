@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import secateur
 import tiny
-from secateur.network.anatomy import anatomy
+from secateur.network.examine import anatomy
 from secateur.network.matrices import MatrixRef, matrices, put, view
 from secateur.network.source import open_model
 

@@ -18,7 +18,7 @@ import tiny
 from secateur import registry
 from secateur.methods.allocation.equal_error import equal_error
 from secateur.methods.allocation.flap_search import flap_search
-from secateur.network.anatomy import anatomy
+from secateur.network.examine import anatomy
 from secateur.network.scores import ErrorCurves, ScoredUnits, UnitScores
 from secateur.network.verify import CleanProcess
 from secateur.recipe import Recipe

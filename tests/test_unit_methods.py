@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import secateur
 import tiny
-from secateur.network.anatomy import anatomy
+from secateur.network.examine import anatomy
 from secateur.network.source import open_model
 
 LENGTH, SKIP = 16, 4

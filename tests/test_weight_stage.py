@@ -18,7 +18,7 @@ import secateur
 import tiny
 import watched
 from secateur import read_masks
-from secateur.network.anatomy import anatomy
+from secateur.network.examine import anatomy
 from secateur.network.masks import PackedMask, pack, read_mask_file, unpack, write_masks
 from secateur.network.matrices import MatrixRef, matrices, view
 from secateur.network.verify import CleanProcess

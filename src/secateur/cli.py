@@ -1,24 +1,30 @@
 """The command line."""
 
 import json
-import logging
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from secateur.axis_options import as_options
-from secateur.context import Advance, process_group, silent
-from secateur.context import Progress as Bars
-from secateur.errors import RequestError, SecateurError
-from secateur.files import human, parse_size
+from secateur.context import process_group
+from secateur.errors import RequestError
+from secateur.files import human
+from secateur.terminal import (
+    Debug,
+    LogLevel,
+    Model,
+    Quiet,
+    Trust,
+    bars,
+    console,
+    print_forecast,
+    print_method,
+    size_of,
+    told,
+)  # fmt: skip
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,15 +33,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Takes a trained network and gives back a smaller, faster one that loads everywhere.",
 )
-# where nobody watches, in a file or a pipe, lines are long enough for a table
-console = Console(width=None if sys.stdout.isatty() else 120)
-errors = Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(help="A directory, a hub id, a .gguf file, or package:NAME.", show_default=False)]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")]
-LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print results and errors only.")]
 
 
 @app.command()
@@ -69,7 +66,7 @@ def compress(
 ) -> None:
     """Compresses MODEL and writes it as an ordinary model directory that plain transformers opens."""
     # joined before anything can fail, so that what fails in every process is told by one
-    with _told(log_level, debug), process_group():
+    with told(log_level, debug), process_group():
         from secateur.forecast import dry_run
         from secateur.recipe import Evaluate, Recipe
         from secateur.report import show
@@ -89,18 +86,18 @@ def compress(
             raise RequestError("name the directory to write with --output DIR.")
         options: dict[str, Any] = {"recipe": plan, "output": output, "seed": seed, "dtype": dtype, "device": device}
         if dry:
-            _print_forecast(dry_run(model, restart=restart, trust_remote_code=trust_remote_code, **options))
+            print_forecast(dry_run(model, restart=restart, trust_remote_code=trust_remote_code, **options))
             return
         for caution in dict.fromkeys(step.registered.caution for step in plan.steps):
             if caution and not quiet:
                 console.print(f"note: {caution}", style="yellow", highlight=False)
         result = run(
             model,
-            max_memory=_size(max_memory),
+            max_memory=size_of(max_memory),
             restart=restart,
             evaluate=evaluate,
             trust_remote_code=trust_remote_code,
-            progress=_progress(quiet),
+            progress=bars(quiet),
             **options,
         )
         if result.receipt:
@@ -140,7 +137,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measures MODEL: size, memory, speed, perplexity, tasks, and its divergence from a reference."""
-    with _told(log_level, debug):
+    with told(log_level, debug):
         from secateur.evaluation import Continuations, render, write_json
         from secateur.evaluation import evaluate as run
 
@@ -149,7 +146,7 @@ def evaluate(
             model, reference, text=text, window=window, windows=windows, dtype=dtype, device=device, speed=speed,
             pairs=pairs, prefill=prefill, batch=batch or 1, decode=decode, divergent=divergent and written, seed=seed,
             tasks=tasks or (), limit=limit, kick=kick, facts=facts,
-            trust_remote_code=trust_remote_code, progress=_progress(quiet),
+            trust_remote_code=trust_remote_code, progress=bars(quiet),
         )  # fmt: skip
         if json_ != "-":
             console.print(render(card))
@@ -197,7 +194,7 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Compares recipes on MODEL: each as `compress` would do it, all measured alike, in one table."""
-    with _told(log_level, debug), process_group():
+    with told(log_level, debug), process_group():
         from secateur.comparison import Budget, entries, render
         from secateur.comparison import compare as run
 
@@ -209,8 +206,8 @@ def compare(
         done = run(
             model, {row.name: row.recipe for row in rows}, output=output, keep=keep, seeds=seed or (), text=text,
             budget=Budget.parse(budget, tolerance) if budget else None, windows=windows, tasks=tasks or (), dtype=dtype,
-            device=device, max_memory=_size(max_memory), evaluate=evaluate, pairs=pairs,
-            trust_remote_code=trust_remote_code, progress=_progress(quiet),
+            device=device, max_memory=size_of(max_memory), evaluate=evaluate, pairs=pairs,
+            trust_remote_code=trust_remote_code, progress=bars(quiet),
         )  # fmt: skip
         if int(os.environ.get("RANK", "0")) == 0:
             console.print(render(done.summary))
@@ -227,7 +224,7 @@ def methods(
     **axes: list[str] | None,
 ) -> None:
     """Lists the methods, all or those with the values asked for, or shows one with its parameters."""
-    with _told(log_level, debug):
+    with told(log_level, debug):
         from secateur import registry
         from secateur.taxonomy import matching
 
@@ -239,7 +236,7 @@ def methods(
             cards = [method.card() for method in chosen]
             typer.echo(json.dumps(cards[0] if name else cards, indent=2))
         elif name:
-            _print_method(chosen[0].card())
+            print_method(chosen[0].card())
         else:
             table = Table(Column("method", no_wrap=True), "kind", "data", "paper", "what it does")
             for method in chosen:
@@ -257,7 +254,7 @@ def inspect(
     quiet: Quiet = False,  # as for every command; there is nothing here but the result
 ) -> None:
     """Shows the structure of MODEL without reading its weights."""
-    with _told(log_level, debug):
+    with told(log_level, debug):
         from secateur.network.source import open_model
         from secateur.report import inspection, show_inspection
 
@@ -281,7 +278,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Writes MODEL in another format and checks what was written."""
-    with _told(log_level, debug):
+    with told(log_level, debug):
         from secateur.export import export as run
 
         done = run(model, to, output, dtype, trust_remote_code)
@@ -303,12 +300,12 @@ def loads(
     quiet: Quiet = False,
 ) -> None:
     """Tries what loads MODEL: every loader in a clean process, its logits compared with those of transformers."""
-    with _told(log_level, debug):
+    with told(log_level, debug):
         from secateur.loads import loads as run
         from secateur.loads import table
 
         rows = []
-        with _progress(quiet)("loaders", 0) as bar:
+        with bars(quiet)("loaders", 0) as bar:
             for row in run(model, trust_remote_code, tokens):
                 rows.append(row)
                 bar.advance(1)
@@ -332,13 +329,13 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Writes one self-contained HTML page about finished runs."""
-    with _told(log_level, debug):
+    with told(log_level, debug):
         from secateur.page import write_report
         from secateur.page.writing import PROMPTS
 
         written = write_report(
             directories, output, prompts=prompt or PROMPTS, tokens=tokens, generate=generate, spectra=spectra,
-            trust_remote_code=trust_remote_code, progress=_progress(quiet),
+            trust_remote_code=trust_remote_code, progress=bars(quiet),
         )  # fmt: skip
         if not quiet:
             console.print(f"{written}: {human(written.stat().st_size)}", highlight=False, markup=False, soft_wrap=True)
@@ -354,164 +351,15 @@ def explain(
     quiet: Quiet = False,  # as for every command; there is nothing here but the result
 ) -> None:
     """Says in plain words what a run did, what it cost and gained, and what to try next."""
-    with _told(log_level, debug):
+    with told(log_level, debug):
         from secateur.explain import explain as tell
 
-        told = tell(run)
+        explanation = tell(run)
         if json_:
-            typer.echo(json.dumps(told.to_dict(), indent=2))
+            typer.echo(json.dumps(explanation.to_dict(), indent=2))
         else:
-            for line in told.lines(figures):
+            for line in explanation.lines(figures):
                 console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-
-
-def _print_method(card: dict[str, Any]) -> None:
-    console.print(f"{card['name']} ({card['kind']}): {card['summary']}", highlight=False)
-    for key in ("paper", "claim", "data", "scope"):
-        console.print(f"  {key}: {card[key] or 'our own'}", highlight=False)
-    if card["caution"]:
-        console.print(f"  note: {card['caution']}", style="yellow", highlight=False)
-    console.print("  by the surveys' axes (each is an option of `secateur methods`):", highlight=False)
-    for axis, values in card["taxonomy"].items():
-        console.print(f"    {axis}: {', '.join(values)}", highlight=False)
-    table = Table(Column("parameter", no_wrap=True), "default", "meaning")
-    for name, entry in card["parameters"].items():
-        table.add_row(name, json.dumps(entry["default"]), entry["help"])
-    console.print(table)
-
-
-def _print_forecast(said: dict[str, Any]) -> None:
-    from secateur.report import UNITS, asked_line
-
-    for each in said["budgets"]:
-        console.print(f"{each['method']}: {asked_line(each['asked'])}", highlight=False)
-    for axis, units in said["units"].items():
-        widths = {(unit["kept"], unit["of"]) for unit in units.values()}
-        cut = ", ".join(f"{of} → {kept}" for kept, of in sorted(widths))
-        console.print(f"would cut: {UNITS[axis]} {cut} in {len(units)} blocks", highlight=False)
-    for each in said["budgets"]:
-        if each["allocation"]:
-            console.print(
-                f"{each['allocation']} divides this among the blocks: their widths follow from weights or data in the run, "
-                "and about as many units go in all",
-                highlight=False,
-            )
-    if channels := said["channels"]:
-        console.print(f"would cut: channels {channels['of']} → {channels['kept']}", highlight=False)
-    if blocks := said["blocks"]:
-        console.print(f"would remove: {blocks['of'] - blocks['kept']} of {blocks['of']} blocks", highlight=False)
-    for each in said["parts"]:
-        what = each["part"].replace("_", "-")
-        console.print(
-            f"would remove: the {what} of {each['of'] - each['kept']} of {each['of']} blocks", highlight=False
-        )
-    if words := said["vocabulary"]:
-        console.print(f"would keep: {words['kept']:,} of {words['of']:,} tokens", highlight=False)
-    for each in said["zeros"]:
-        console.print(
-            f"would zero: {each['removed']:,} of {each['of']:,} weights ({each['removed'] / each['of']:.2%}) in "
-            f"{each['matrices']} matrices; zeros alone make nothing smaller or faster",
-            highlight=False,
-        )
-    after = said["parameters_after"]
-    if after == said["parameters"]:
-        console.print(f"parameters: {after:,}, as many as before", highlight=False)
-    else:
-        less = f"−{1 - after / said['parameters']:.1%}"
-        console.print(f"parameters: {said['parameters']:,} → {after:,} ({less})", highlight=False)
-    work = said["multiply_adds"]
-    if work and work["after"] != work["before"]:
-        less = f"−{1 - work['after'] / work['before']:.1%}"
-        console.print(
-            f"multiply-adds of {work['tokens']} tokens: {work['before']:,} → {work['after']:,} ({less})",
-            highlight=False,
-        )
-    console.print(f"would write: {human(said['bytes_written'])} to {said['output']}", highlight=False)
-    console.print(f"disk needed: {human(said['disk_needed'])}, free: {human(said['disk_free'])}", highlight=False)
-    console.print(f"memory needed: about {human(said['memory_needed'])}", highlight=False)
-    console.print(f"time: {said['time']}", highlight=False)
-    console.print("nothing was written.", highlight=False)
-
-
-def _size(text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        return parse_size(text)
-    except ValueError:
-        raise RequestError(f"--max-memory {text} is not a size; write it like 8GB or 512MB.") from None
-
-
-def _progress(quiet: bool) -> Bars:
-    """Bars on a terminal, plain lines elsewhere, nothing when quiet or in any but the first process."""
-    if quiet or int(os.environ.get("RANK", "0")) > 0:
-        return silent
-    return _bars if errors.is_terminal else _lines
-
-
-@contextmanager
-def _bars(label: str, total: int) -> Iterator[Advance]:
-    columns = (TextColumn("{task.description:>9}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeRemainingColumn(), console=errors, transient=True) as bars:
-        yield _Bar(bars, bars.add_task(label, total=total))
-
-
-@contextmanager
-def _lines(label: str, total: int) -> Iterator[Advance]:
-    errors.print(f"{label} …", highlight=False)
-    with silent(label, total) as bar:
-        yield bar
-
-
-class _Bar:
-    def __init__(self, bars: Progress, task: Any) -> None:
-        self._bars, self._task = bars, task
-
-    def advance(self, steps: int = 1, /) -> None:
-        self._bars.advance(self._task, steps)
-
-
-@contextmanager
-def _told(log_level: str, debug: bool) -> Iterator[None]:
-    """Turns errors into one sentence and an exit code; a traceback only with --debug."""
-    if log_level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        errors.print("error: --log-level is debug, info, warning or error.", highlight=False)
-        sys.exit(2)
-    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    if not debug:
-        _quiet_libraries(log_level)
-    try:
-        yield
-    except SecateurError as error:
-        if debug:
-            raise
-        if not error.told:
-            errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on from here.")
-        sys.exit(130)
-    except (MemoryError, OSError, RuntimeError) as error:
-        if debug or (isinstance(error, RuntimeError) and not _out_of_memory(error)):
-            raise
-        what = str(error) if isinstance(error, OSError) else "there is not enough memory"
-        errors.print(f"error: {what}; remove the cause and try again.", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(1)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says so: by a class of its own on an accelerator, on the CPU only in the words of its allocator."""
-    told = ("not enough memory", "can't allocate memory", "out of memory")
-    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in told)
-
-
-def _quiet_libraries(log_level: str) -> None:
-    """transformers prints bars and warnings of its own while it loads; ours say what matters."""
-    import transformers
-
-    if log_level.upper() not in ("DEBUG", "INFO"):
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from transformers import AutoConfig
 from secateur.errors import RequestError
 from secateur.export.common import Exported, check_place, size_of, whole_directory
 from secateur.files import write_json, write_tensors, write_text
-from secateur.network.anatomy import AXES, Anatomy, Axis, anatomy
+from secateur.network.anatomy import AXES, Anatomy, Axis
+from secateur.network.examine import anatomy
 from secateur.network.locate import Place
 from secateur.network.modelling_file import is_heterogeneous, plain_config
 from secateur.network.source import Source, open_model

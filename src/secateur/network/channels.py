@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import RequestError
-from secateur.network.anatomy import Anatomy, anatomy
+from secateur.network.anatomy import Anatomy
+from secateur.network.examine import anatomy
 from secateur.network.parts import Part
 from secateur.network.probe import norm_roles
 from secateur.network.source import Source

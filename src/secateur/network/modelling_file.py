@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_flatten
 from transformers import PretrainedConfig
 
 from secateur.errors import RequestError
-from secateur.network.anatomy import Anatomy, Block, anatomy
+from secateur.network.anatomy import Anatomy, Block
+from secateur.network.examine import anatomy
 from secateur.network.recognise import signature
 from secateur.network.trace import Call, trace
 

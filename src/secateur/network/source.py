@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 from secateur.errors import RequestError, RunError
 from secateur.files import disk_full, human, sha256
-from secateur.network.anatomy import Anatomy, anatomy
+from secateur.network.anatomy import Anatomy
 from secateur.network.checkpoint import TensorInfo, bind, check_finite, headers, line, stored_buffers, tensor_hash
+from secateur.network.examine import anatomy
 from secateur.network.locate import Place, locate
 from secateur.network.modelling_file import is_heterogeneous, is_ours
 from secateur.network.parts import Part, assemble, take_apart

@@ -13,7 +13,7 @@ the largest logit (by size) of the model's highest one, in the pass as in genera
 `ties`. A model against itself therefore never diverges, however its reference text was computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -213,11 +213,12 @@ def greedy(
     tolerance: float = 0.0,
     what: str = "the model",
     cache: bool = True,
+    enough: Callable[[Tensor], bool] = lambda text: False,
 ) -> Tensor:
     """(prompts, count) tokens that `model` writes after `prompts` (prompts, tokens), each the one of the highest logit.
 
-    Nothing ends a text. With a key-value cache where the model has one and `cache` says so; otherwise everything is read
-    again for each token.
+    Nothing ends a text but `enough`, which is asked of what is written so far, (prompts, tokens); all end together. With a
+    key-value cache where the model has one and `cache` says so; otherwise everything is read again for each token.
 
     toward: (prompts, count) a text whose tokens are taken where they are tied with the highest within `tolerance`; of equal
     logits otherwise the first counts.
@@ -235,6 +236,8 @@ def greedy(
         else:
             chosen, _ = _choose(last, toward[:, place], tolerance)
         text = torch.cat([text, chosen[:, None]], dim=1)
+        if enough(text[:, prompts.shape[1] :]):
+            break
     return text[:, prompts.shape[1] :]
 
 

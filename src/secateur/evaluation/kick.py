@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from secateur.context import Progress, silent
 from secateur.errors import RequestError
+from secateur.evaluation.divergent import greedy
 from secateur.evaluation.facts import Fact, Facts
 from secateur.evaluation.forward import evaluating, finite, has_cache, logits_of, maximum_positions, step
 from secateur.evaluation.perplexity import log_probabilities
@@ -352,20 +353,16 @@ def _greedy(
     found: list[tuple[list[int], list[int]]] = [([], [])] * len(cut)
     with evaluating(module):
         for indices in _batches([len(ids) for ids, _ in cut]):
-            written = torch.tensor([cut[index][0] for index in indices])
-            length, cache = written.shape[1], None
-            for turn in range(max(cut[index][1] for index in indices)):
-                if has_cache(module):
-                    logits, cache = step(module, written if turn == 0 else written[:, -1:], cache)
-                else:
-                    logits = logits_of(module, written)
-                likeliest = finite(logits[:, -1], "an answer").argmax(-1, keepdim=True)
-                written = torch.cat([written, likeliest.cpu()], dim=1)
-                new_rows = written[:, length:].tolist()
-                if all(end in new or enough(index, new) for index, new in zip(indices, new_rows, strict=True)):
-                    break
+
+            def answered(text: Tensor, indices: list[int] = indices) -> bool:
+                rows = zip(indices, text.tolist(), strict=True)
+                return all(end in new or enough(index, new) for index, new in rows)
+
+            read = torch.tensor([cut[index][0] for index in indices])
+            most = max(cut[index][1] for index in indices)
+            written = greedy(module, read, most, what="the model as an answer", enough=answered)
             for row, index in enumerate(indices):
-                found[index] = (cut[index][0], written[row, length:][: cut[index][1]].tolist())
+                found[index] = (cut[index][0], written[row, : cut[index][1]].tolist())
             advance(len(indices))
     return found
 

@@ -43,7 +43,7 @@ class Opened:
     """A model that is loaded, and what is known of its files (None for a live module).
 
     remembered: the module with a memory for its logits, where many models are compared with it. written: texts that it
-    wrote itself, by (sequences, length, seed).
+    wrote itself, by (sequences, length, seed). answered: what it said to tasks and questions, by what was asked.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Opened:
     disk_format: str | None = None
     remembered: Remembered | None = None
     written: dict[tuple[int, int, int], Tokens] = field(default_factory=dict)
+    answered: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def predicts(self) -> nn.Module:
@@ -159,10 +160,14 @@ def evaluate(
         else ()
     )  # fmt: skip
     pairs_of = [(each.module, each.tokenizer) for each in opened]
-    scores = score(asked, *pairs_of[0], pairs_of[1] if len(opened) == 2 else None, progress)
+    theirs = pairs_of[1] if len(opened) == 2 else None
+    scores = score(asked, *pairs_of[0], theirs, progress, opened[-1].answered)
     knowledge: Kick | None = None
     if known is not None:
-        dense = examine_dense(*pairs_of[1], known, limit=limit, progress=progress)
+        examined = ("kick", str(facts), limit)
+        if examined not in opened[1].answered:
+            opened[1].answered[examined] = examine_dense(*pairs_of[1], known, limit=limit, progress=progress)
+        dense = opened[1].answered[examined]
         knowledge = measure_kick(*pairs_of[0], dense, texts=alike, progress=progress)
     counted = timed[0].prefill.tokens if timed else _within(lengths[0] if lengths else PREFILL, modules)
     columns = [

@@ -109,16 +109,23 @@ def score(
     tokenizer: Any,
     reference: tuple[nn.Module, Any] | None = None,
     progress: Progress = silent,
+    known: dict[Any, Any] | None = None,
 ) -> tuple[TaskScore, ...]:
     """Asks every task of the model, and of its reference.
 
+    known: what the reference has answered before, so that it is asked once for many models; what it answers is added.
     module: a transformers model, tokenizer: its own. Sequences are read one by one, so a score does not depend on what else
     is asked. Raises RequestError where one of them cannot be asked, RunError where logits are not finite or lm-eval fails.
     """
     scores: list[TaskScore] = []
     for spec, loaded in tasks.asked.items():
         ours = _run(spec, loaded, tasks, module, tokenizer, progress)
-        theirs = _run(spec, loaded, tasks, *reference, progress) if reference is not None else None
+        key, theirs = (spec, tasks.limit), None
+        if reference is not None:
+            known = {} if known is None else known
+            if key not in known:
+                known[key] = _run(spec, loaded, tasks, *reference, progress)
+            theirs = known[key]
         for name, figures in ours["results"].items():
             scores += _scores(name, figures, tasks.sources[name], ours, theirs)
     return tuple(scores)

@@ -261,6 +261,7 @@ def recipe(ids: Path, **given: Any) -> secateur.Recipe:
     return secateur.Recipe.parse({"steps": [{"bonsai": quick | given}], "calibration": calibration})
 
 
+@pytest.mark.every
 def test_a_result_whose_blocks_differ_loads(model: Callable[..., Path], ids: Path, tmp_path: Path) -> None:
     said = recipe(ids, uniform=False, axis=["heads", "neurons"], ratio=0.3)
     result = secateur.compress(model("llama"), recipe=said, output=tmp_path / "out", evaluate=False)

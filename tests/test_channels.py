@@ -126,7 +126,7 @@ def test_embeddings_that_are_scaled_by_the_number_of_channels() -> None:
         assert embedding_factor(source, channels, channels.narrowed(raw_config(source), KEPT)) == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "gemma", "phi"])
+@pytest.mark.parametrize("name", ["llama_tied", *(pytest.param(n, marks=pytest.mark.every) for n in ("gemma", "phi"))])
 def test_a_live_module(name: str, ids: Path, tmp_path: Path) -> None:
     """It computes what its directory would become, with and without a cache, saved and loaded again."""
     live = tiny.make(name)
@@ -218,10 +218,10 @@ def test_the_command_line_tells_of_channels(model: Callable[..., Path], ids: Pat
 
 
 def test_a_budget_behind_a_cut_of_channels_is_counted_there(
-    model: Callable[..., Path], ids: Path, tmp_path: Path
+    model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
 ) -> None:
     """Of the uncut stream each unit counts more, so that what can be reached and what cannot would be told wrongly."""
-    secateur.compress(model("llama"), recipe=recipe(ids), output=tmp_path / "one", evaluate=False)
+    secateur.compress(model("llama"), recipe=recipe(ids), output=tmp_path / "one", evaluate=False, clean=clean)
     count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "one").parameters())
     both = {
         "steps": [
@@ -232,6 +232,7 @@ def test_a_budget_behind_a_cut_of_channels_is_counted_there(
     }
     told = dry_run(model("llama"), recipe=secateur.Recipe.parse(both), output=tmp_path / "dry")
     assert told["units"] == {} and told["budgets"][-1]["asked"]["target"] == count - 2000
-    secateur.compress(model("llama"), recipe=secateur.Recipe.parse(both), output=tmp_path / "two", evaluate=False)
+    parsed = secateur.Recipe.parse(both)
+    secateur.compress(model("llama"), recipe=parsed, output=tmp_path / "two", evaluate=False, clean=clean)
     reached = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "two").parameters())
     assert abs(reached - (count - 2000)) <= 3 * 3 * KEPT, "a neuron of every block"

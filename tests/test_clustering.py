@@ -45,7 +45,7 @@ def test_several_starts_find_the_best_of_all_partitions(seed: int) -> None:
     assert by_hand(x, k_means(x @ x.T, count, drawn(), 20)) == pytest.approx(best, rel=1e-4)
 
 
-@pytest.mark.parametrize("count", [1, 10, 48, 59])
+@pytest.mark.parametrize("count", [1, 10, *(pytest.param(n, marks=pytest.mark.every) for n in (48, 59))])
 def test_no_single_move_and_no_random_clustering_is_better(count: int) -> None:
     x = points(60, 7)
     gram = x @ x.T

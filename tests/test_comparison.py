@@ -434,6 +434,7 @@ def _said(path: str) -> bool:
     return Path(path).name in outcome.MEASURED
 
 
+@pytest.mark.every
 def test_results_that_are_on_no_front_may_go(model: Make, quick: dict, tmp_path: Path) -> None:
     recipes = {"half": steps({"random_units": {"ratio": 0.5}}), "zeros": steps({"magnitude": {"pattern": 0.9}})}
     for keep, left in (("front", {"half"}), ("none", set())):
@@ -447,6 +448,7 @@ def test_results_that_are_on_no_front_may_go(model: Make, quick: dict, tmp_path:
         assert rows["half"]["quality"]["measure"] == "kl"
 
 
+@pytest.mark.every
 def test_several_seeds_make_one_row(model: Make, quick: dict, tmp_path: Path) -> None:
     recipes = {"random": steps({"random_units": {}})}
     seeds = {"seeds": (1, 2, 3), **quick, "pairs": 0}

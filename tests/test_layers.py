@@ -360,6 +360,7 @@ def test_finished_blocks_are_not_passed_again(
     assert passed == [0, 1, 2, 2]
 
 
+@pytest.mark.every
 def test_two_processes_write_the_bytes_of_one(run: Callable, model: Make, ids: Path, tmp_path: Path) -> None:
     """Three batches of tokens for two processes; what they see of each is added up in the same order by both."""
     parameters = {"block_influence": {}, "layer_drop": {"metric": "perplexity"}}

@@ -57,7 +57,7 @@ def test_each_layer_has_its_ratio(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         cut_stage,
         "cut_module",
-        lambda m, a, cuts: (kept.extend(c.kept for c in cuts.values()), cut_module(m, a, cuts)),
+        lambda m, a, cuts, heads: (kept.extend(c.kept for c in cuts.values()), cut_module(m, a, cuts, heads)),
     )
     before, pointers = logits(module), [p.data_ptr() for p in module.parameters()]
     result = secateur.compress(module, "prunenet", {"ratios": RATIOS, "multiple_of": 1, "episodes": 1})

@@ -1,6 +1,7 @@
 """Divergent tokens: the pass over the reference's text against generation, ties, endings, and the card."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from secateur.evaluation.divergent import (
     tie_tolerance,
 )
 from secateur.evaluation.forward import evaluating
+from secateur.evaluation.measure import Opened
 from test_evaluation import VOCABULARY, Fixed, ids, llama, words
 from test_evaluation_card import shown
 
@@ -169,3 +171,32 @@ def test_the_command_line_says_what_is_measured(monkeypatch: pytest.MonkeyPatch)
     assert not plain["divergent"] and not plain["prefill"] and plain["batch"] == 1 and plain["decode"] == 32
     assert full["divergent"] == Continuations(3, 4, 5) and full["decode"] == 0
     assert (full["prefill"], full["batch"]) == ([128, 512], [1, 4])
+
+
+def test_a_reference_writes_once_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = Opened("dense", llama(), words())
+    wrote: list[str] = []
+
+    def counted(model: nn.Module, *given: Any, **more: Any) -> torch.Tensor:
+        wrote.append(more.get("what", "the model"))
+        return greedy(model, *given, **more)
+
+    monkeypatch.setattr("secateur.evaluation.divergent.greedy", counted)
+    asked = {"windows": 2, "window": 16, "speed": False, "divergent": Continuations(4, 5, 6)}
+    cards = [evaluate((near(reference.module, 0.05, seed), words()), reference, **asked) for seed in (0, 1)]
+    assert wrote.count("the reference") == 1 and wrote.count("the model") == 2
+    alone = evaluate((near(reference.module, 0.05, 1), words()), (reference.module, words()), **asked)
+    assert cards[1].divergent == alone.divergent
+
+
+def test_what_cannot_be_measured_beside_the_rest_is_refused_or_told() -> None:
+    model, long = (llama(), words()), Continuations(4, 5, 10**4)
+    with pytest.raises(RequestError, match="position"):
+        evaluate(model, model, windows=1, window=16, speed=False, divergent=long)
+    card = evaluate(model, model, windows=1, window=16, speed=False, divergent=long, strict=False)
+    assert card.divergent is None and card.divergence is not None
+    assert any(note.startswith("Not measured: ") and "position" in note for note in card.notes)
+    with pytest.raises(RequestError, match="--reference"):
+        evaluate(model, speed=False, kick=True)
+    card = evaluate(model, speed=False, kick=True, strict=False)
+    assert card.kick is None and any("compare with a reference" in note for note in card.notes)

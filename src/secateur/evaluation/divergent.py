@@ -112,15 +112,18 @@ def divergent_tokens(
     written: Continuations = Continuations(),  # noqa: B008 (a tuple, never changed)
     tolerance: float | None = None,
     progress: Progress = silent,
+    known: dict[Any, Any] | None = None,
 ) -> DivergentTokens:
     """First divergent token and share of divergent tokens over continuations of prompts cut from `ids`.
 
     ids: `Tokens`, or a tensor (tokens,): the prompts are spread evenly over it and do not overlap. written: how many, and
     how long. tolerance: of ties, by default what `tie_tolerance` says of the models' dtype (the coarser of the two).
+    known: what the reference wrote before, so that it writes once for many models; what it writes is added.
 
     Raises RequestError when the text is too short, a model has too few positions, or the vocabularies differ; RunError when
     a logit is not finite.
     """
+    known = {} if known is None else known
     tokens = as_tokens(ids)
     prompts = cut_prompts(tokens.ids, written)
     for each in (model, reference):
@@ -134,7 +137,10 @@ def divergent_tokens(
     batches = prompts.split(min(together(each, written) for each in (model, reference)))
     with evaluating(model, reference), progress("divergent tokens", len(batches)) as bar:
         for batch in batches:
-            text = greedy(reference, batch, written.continuation, what="the reference")
+            key = ("text", written.continuation, str(batch.tolist()))
+            if key not in known:
+                known[key] = greedy(reference, batch, written.continuation, what="the reference")
+            text = known[key]
             counted = counted_tokens(text, ends)
             found = compare_forced(model, batch, text, tolerance)
             forced.append(Comparison(found.differs & counted, found.tied & counted))

@@ -360,7 +360,7 @@ def _greedy(
 
             read = torch.tensor([cut[index][0] for index in indices])
             most = max(cut[index][1] for index in indices)
-            written = greedy(module, read, most, what="the model as an answer", enough=answered)
+            written = greedy(module, read, most, what="the model", enough=answered)
             for row, index in enumerate(indices):
                 found[index] = (cut[index][0], written[row, : cut[index][1]].tolist())
             advance(len(indices))

@@ -2,21 +2,21 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from secateur.context import Progress, silent
-from secateur.errors import RequestError, suggest
+from secateur.errors import RequestError, SecateurError, suggest
 from secateur.evaluation.arithmetic import multiply_adds, parameters
 from secateur.evaluation.card import Column, ResultCard, findings
 from secateur.evaluation.divergence import Divergence, compare
 from secateur.evaluation.divergent import Continuations, DivergentTokens, divergent_tokens
 from secateur.evaluation.energy import Meter
-from secateur.evaluation.facts import read_facts
+from secateur.evaluation.facts import Facts, read_facts
 from secateur.evaluation.forward import check_length, maximum_positions
 from secateur.evaluation.kick import Kick, examine_dense
 from secateur.evaluation.kick import kick as measure_kick
@@ -29,6 +29,7 @@ from secateur.evaluation.text import Tokens, check_same_tokenizer, one_cut_from_
 from secateur.network.locate import locate
 from secateur.network.source import check_device, load, open_model
 
+_Part = TypeVar("_Part")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WINDOW = 1024
 WRITTEN_WINDOW = 256
@@ -96,6 +97,7 @@ def evaluate(
     limit: int | None = None,
     kick: bool = False,
     facts: str | Path | None = None,
+    strict: bool = True,
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> ResultCard:
@@ -108,8 +110,10 @@ def evaluate(
     those are fewer. windows: how many of the first windows, by default all of the text (4 that the reference writes).
     speed: whether to measure it; pairs, prefill, batch, decode: as in `speeds`, one number or several. divergent: whether to
     measure divergent tokens too, or with which `Continuations`; their prompts are cut from the text, or written by the
-    reference. dtype, device: what a MODEL is loaded as; live modules stay as they are. seed: of the self-written text and of
-    the tokens that speed is measured on. progress: opens a bar for a label and a total.
+    reference. tasks: as `load_tasks` reads them; limit: how many questions of each. kick: LLM-KICK's questions too,
+    on the `facts` of a JSONL file or the shipped ones. strict: refuse what cannot be measured of tasks, kick and divergent;
+    otherwise a note says so. dtype, device: what a MODEL is loaded as; live modules stay as they are. seed: of the
+    self-written text and of the tokens that speed is measured on. progress: opens a bar for a label and a total.
 
     Where one vocabulary was cut from the other there is no divergence, and perplexities come with bits per byte.
 
@@ -120,14 +124,29 @@ def evaluate(
     if dtype not in DTYPES:
         raise RequestError(f"The dtype {dtype!r} is not one of {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}")
     check_device(device)
-    if divergent and reference is None:
+    missed: list[str] = []
+
+    def part(measured: Callable[[], _Part]) -> _Part | None:
+        """What is measured besides size, speed and perplexity; a note where it cannot be and the others are wanted still."""
+        try:
+            return measured()
+        except SecateurError as error:
+            if strict:
+                raise
+            missed.append(f"Not measured: {error}")
+            return None
+
+    if reference is None and strict and divergent:
         raise RequestError(
             "divergent tokens compare with a reference; name the model it was made from with --reference."
         )
     asked = load_tasks(tasks, limit, trust_remote_code)
     kicked = kick or facts is not None
-    if kicked and reference is None:
+    if kicked and reference is None and strict:
         raise RequestError("--kick compares with the dense model: name it with --reference ORIGINAL.")
+    if (kicked or divergent) and reference is None:
+        missed.append("Divergent tokens and LLM-KICK compare with a reference on disk, which there was not.")
+        kicked, divergent = False, False
     known = read_facts(facts, limit) if kicked else None
     specs = [model] if reference is None else [model, reference]
     for spec in specs:
@@ -148,7 +167,7 @@ def evaluate(
         shift, qualities = _on_text(opened, content, _name(text), window, windows, progress, alike)
     elif len(opened) == 2 and alike:
         shift = _on_written(opened, window, windows, seed, progress)
-    apart = _divergent(opened, content, text, divergent, seed, progress, alike) if divergent else None
+    apart = part(lambda: _divergent(opened, content, text, divergent, seed, progress, alike)) if divergent else None
     modules = [each.module for each in opened]
     lengths, batches = _several(prefill), _several(batch)
     timed = (
@@ -161,14 +180,11 @@ def evaluate(
     )  # fmt: skip
     pairs_of = [(each.module, each.tokenizer) for each in opened]
     theirs = pairs_of[1] if len(opened) == 2 else None
-    scores = score(asked, *pairs_of[0], theirs, progress, opened[-1].answered)
+    scores = part(lambda: score(asked, *pairs_of[0], theirs, progress, opened[-1].answered)) or ()
     knowledge: Kick | None = None
     if known is not None:
-        examined = ("kick", str(facts), limit)
-        if examined not in opened[1].answered:
-            opened[1].answered[examined] = examine_dense(*pairs_of[1], known, limit=limit, progress=progress)
-        dense = opened[1].answered[examined]
-        knowledge = measure_kick(*pairs_of[0], dense, texts=alike, progress=progress)
+        facts_asked = known
+        knowledge = part(lambda: _knowledge(opened, facts_asked, limit, alike, progress))
     counted = timed[0].prefill.tokens if timed else _within(lengths[0] if lengths else PREFILL, modules)
     columns = [
         Column(
@@ -196,6 +212,7 @@ def evaluate(
         versions=_versions(bool(asked)),
     )
     said: tuple[str, ...] = () if alike else (_OTHER_TOKENS + (_BY_BYTE if content is not None else _NO_TEXT),)
+    said += tuple(missed)
     if knowledge is not None:
         said += knowledge.findings(*(quality.perplexity if quality and alike else None for quality in qualities))
     return card.model_copy(update={"notes": said + findings(card)})
@@ -224,7 +241,17 @@ def _divergent(
         tokens = _tokens(theirs, content, _name(text))
     else:
         tokens = _written(theirs, written.prompts, written.prompt, seed, progress)
-    return divergent_tokens(ours.module, theirs.module, tokens, written=written, progress=progress)
+    return divergent_tokens(
+        ours.module, theirs.module, tokens, written=written, progress=progress, known=theirs.answered
+    )
+
+
+def _knowledge(opened: Sequence[Opened], facts: Facts, limit: int | None, alike: bool, progress: Progress) -> Kick:
+    ours, theirs = opened
+    key = ("kick", facts.sha256, limit)
+    if key not in theirs.answered:
+        theirs.answered[key] = examine_dense(theirs.module, theirs.tokenizer, facts, limit=limit, progress=progress)
+    return measure_kick(ours.module, ours.tokenizer, theirs.answered[key], texts=alike, progress=progress)
 
 
 def _name(text: str | Path | None) -> str:

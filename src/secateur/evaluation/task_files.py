@@ -20,6 +20,7 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 """What the datasets library reads them with."""
 # Those that run no code of the file's; `pandas`, for one, would unpickle it.
 _SAFE = {*BUILDERS.values(), "text", "arrow"}
+_UNPICKLE = {"pandas", "pickle", "webdataset"}
 _SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 _SUFFIXES = (".yaml", ".yml")
 _INSTALL = "tasks need the lm-eval library: pip install 'secateur[tasks]'."
@@ -172,6 +173,14 @@ def _check_harmless(config: Mapping[str, Any], file: Path) -> None:
         raise RequestError(f"{file}: use_prompt loads templates from elsewhere; allow that with --trust-remote-code.")
     if config.get("unsafe_code"):
         raise RequestError(f"{file} runs what a model writes (unsafe_code); allow that with --trust-remote-code.")
+    reader = config.get("dataset_path")
+    if reader in _UNPICKLE:
+        raise RequestError(
+            f"{file}: data read as {reader} may hold code that runs; store it as JSON, CSV or Parquet, or allow that with "
+            "--trust-remote-code."
+        )
+    if (config.get("dataset_kwargs") or {}).get("trust_remote_code"):
+        raise RequestError(f"{file}: its data set would run code of its own; allow that with --trust-remote-code.")
     for entry in config.get("metric_list") or []:
         if isinstance(entry, Mapping) and entry.get("hf_evaluate"):
             raise RequestError(

@@ -120,7 +120,8 @@ def score(
     scores: list[TaskScore] = []
     for spec, loaded in tasks.asked.items():
         ours = _run(spec, loaded, tasks, module, tokenizer, progress)
-        key, theirs = (spec, tasks.limit), None
+        # by what is asked, not by its name alone: files change
+        key, theirs = (spec, tasks.limit, repr(sorted(tasks.sources.items()))), None
         if reference is not None:
             known = {} if known is None else known
             if key not in known:

@@ -1,10 +1,13 @@
 """What is said of a run follows from figures of its receipt: each advice with the figure that asks for it and without."""
 
+import io
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from command import secateur
 from receipts import BLOCKS, lost, pruned, receipt, unit
@@ -12,6 +15,7 @@ from secateur import RequestError, explain, registry
 from secateur.advice import RULES
 from secateur.figures import at, block_of, kind_of, pointer
 from secateur.registry import methods
+from secateur.report import show
 from secateur.telling import Sentence
 
 
@@ -166,6 +170,22 @@ def test_tasks_and_divergent_tokens_are_told() -> None:
     assert "stay with the original's for all 64 tokens" in "\n".join(
         s.text for s in explain(receipt(card__divergent=censored)).cost
     )
+
+
+def test_prices_of_every_matrix_are_left_to_the_receipt() -> None:
+    prices = {f"model.layers.{block}.mlp.up_proj.weight": {"0.1": 0.25, "0.5": 0.75} for block in range(BLOCKS)}
+    together = {"first": 0.31, "corrected": 0.12}
+    made = pruned()
+    made["decisions"][0]["notes"] = {
+        "divergent tokens": {"tokens": 512, "price": 0.2, "together": together, "alone": prices}
+    }
+    made["decisions"][0]["notes"]["divergent tokens"]["alone"] = prices
+    made["card"] = {"skipped": "not asked for."}
+    console = Console(record=True, width=200, file=io.StringIO())
+    show(made, Path("out"), console)
+    said = console.export_text()
+    assert "divergent tokens: tokens 512, price 0.2, together first 0.31, corrected 0.12\n" in said
+    assert "up_proj" not in said
 
 
 def test_vocabularies_that_differ_are_compared_by_bytes() -> None:

@@ -22,6 +22,7 @@ from secateur.page import LARGEST, MARK, write_report
 from secateur.page.charts import log_ticks, ticks
 from secateur.page.spectra import blocks_left, compared
 from secateur.page.writing import Written, greedy, side_by_side, write
+from secateur.paths import without_paths
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -125,6 +126,42 @@ def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
     assert page.text.count("alert(1)") > 10
     assert len(page.attributes("script")) == 1 and not page.attributes("img")
     assert not [tag for _, tag in page.tags if any(name.startswith("on") for name in tag)]
+
+
+HERE = "/home/someone/my models"
+
+
+def test_nothing_says_where_files_lie(tmp_path: Path) -> None:
+    """Paths inside values and sentences go too, and what only looks like one stays."""
+    made = receipt()
+    made["recipe"]["evaluate"] = {"tasks": [f"piqa={HERE}/d.jsonl", "arc=/srv/data/e.jsonl"], "facts": f"{HERE}/f.yaml"}
+    made["card"] = {
+        "skipped": f"there are no facts at {HERE}/f.yaml, and /srv/data/e.jsonl (https://a.org/b/c) is 3 tokens/s"
+    }
+    made["decisions"][0]["warnings"] = ["see file:///srv/data/notes.txt."]
+    directory = _compared(tmp_path)
+    told = json.loads((directory / "compare.json").read_text())
+    told["rows"][-1] |= {"error": "there is no text at /srv/data/text.txt.", "cautions": ["/srv/data/x is old."]}
+    (directory / "compare.json").write_text(json.dumps(told))
+    directories = [_run(tmp_path / "run", made), directory]
+    page = Page(write_report(directories, tmp_path / "page.html", generate=False, spectra=False))
+    assert "/home" not in page.source and "/srv" not in page.source and "my models" not in page.source
+    assert "refused: there is no text at text.txt." in page.text and "piqa=d.jsonl" in page.text
+    assert "there are no facts at f.yaml, and e.jsonl (https://a.org/b/c) is 3 m/s" in page.text
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("/srv/a/b", "b"),
+        ("/srv/a does not exist.", "a does not exist."),
+        ("--facts=/srv/a/b, then '/srv/c/d'.", "--facts=b, then 'd'."),
+        ("dataset:/srv/a/b → //srv/c/", "dataset:b → c"),
+        ("tokens/s, org/base, nats / token, ./a/b, https://arxiv.org/abs/1", None),
+    ],
+)
+def test_paths_are_their_last_part(said: str, shown: str | None) -> None:
+    assert without_paths(said) == (shown or said)
 
 
 def test_old_receipts_give_a_page_without_what_they_lack(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The parts of a page, as its template takes them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -18,7 +18,7 @@ from secateur.page.overview import Entry, overview_table, pareto_charts
 from secateur.page.spectra import Spectrum
 from secateur.page.tables import Cell, Table, change, figure, percent, table, text
 from secateur.page.writing import Pair
-from secateur.report import without_paths
+from secateur.paths import without_paths
 from secateur.telling import Told
 
 
@@ -78,6 +78,7 @@ def card_of(receipt: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def overview(comparisons: Sequence[Comparison], runs: Sequence[Run]) -> Overview | None:
     """The table of all runs and what they cost against what they save; None for one run alone."""
+    comparisons = [_published(comparison) for comparison in comparisons]
     entries: list[Entry] = []
     told: set[str] = set()
     for comparison in comparisons:
@@ -93,7 +94,10 @@ def overview(comparisons: Sequence[Comparison], runs: Sequence[Run]) -> Overview
     facts = [fact for comparison in comparisons for fact in _facts_of(comparison)]
     cards = {entry.name: entry.card for entry in entries if entry.card}
     cautions = [
-        str(said) for comparison in comparisons for row in comparison.rows for said in row.get("cautions") or ()
+        str(without_paths(said))
+        for comparison in comparisons
+        for row in comparison.rows
+        for said in row.get("cautions") or ()
     ]
     return Overview(
         facts, overview_table(entries), pareto_charts(entries), divergence_chart(cards) if len(cards) > 1 else None,
@@ -101,8 +105,13 @@ def overview(comparisons: Sequence[Comparison], runs: Sequence[Run]) -> Overview
     )  # fmt: skip
 
 
+def _published(comparison: Comparison) -> Comparison:
+    told = without_paths(comparison.told)
+    return replace(comparison, told=told, rows=told["rows"])
+
+
 def _of_run(place: int, run: Run) -> Entry:
-    receipt = run.receipt
+    receipt = without_paths(run.receipt)
     card = card_of(receipt)
     return Entry(
         place, run.name, _methods(receipt), card, {} if card else _counted(receipt),
@@ -142,7 +151,7 @@ def _facts_of(comparison: Comparison) -> list[tuple[str, str]]:
     said = [("Comparison", comparison.name)]
     for key, label in (("model", "Model"), ("budget", "Budget"), ("protocol", "Protocol")):
         if value := comparison.told.get(key):
-            said.append((label, _plain(without_paths(value))))
+            said.append((label, _plain(value)))
     return said
 
 

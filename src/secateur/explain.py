@@ -12,6 +12,7 @@ from typing import Any
 from secateur.advice import advice
 from secateur.figures import matrix_layers, read_receipt, unit_layers
 from secateur.files import human
+from secateur.registry import Method
 from secateur.report import summary
 from secateur.telling import Keys, Sentence, Told, count, percent, times
 
@@ -88,20 +89,28 @@ def _step(told: Told, index: int) -> Iterator[Sentence]:
     lines = summary({"decisions": [{"units": {}, **decision}]})
     text = "; ".join(line.removeprefix(f"{decision['method']}: ") for line in lines)
     method = told.methods[index]
-    known = f" ({method.summary.rstrip('.')}{f'; {method.paper}' if method.paper else ''})" if method else ""
-    name = decision["method"]
-    yield told.say(f"{name}{known}: {text}.", *basis)
+    name, divider = decision["method"], told.divider(index)
+    shared = f", its budget divided by {divider.name}{_card(divider)}" if divider else ""
+    basis += [("recipe", "steps", index, name, "allocation")] if divider else []
+    yield told.say(f"{name}{_card(method) if method else ''}{shared}: {text}.", *basis)
     learned = ("decisions", index, "notes", "calibration")
     if told.at(*learned):
         data, sequences, tokens, beside = (
             told.at(*learned, key) for key in ("data", "sequences", "tokens", "held_out_tokens")
         )
+        who = " and ".join(told.readers(index))
         apart = f", and {beside:,} more were held out to check it" if beside else ""
         yield told.say(
-            f"{name} learned from {count(sequences, 'sequence')} ({data}), {tokens:,} tokens in all{apart}.", learned
+            f"{who} learned from {count(sequences, 'sequence')} ({data}), {tokens:,} tokens in all{apart}.",
+            learned,
         )
     for place, warning in enumerate(decision.get("warnings", ())):
         yield told.say(warning, ("decisions", index, "warnings", place))
+
+
+def _card(method: Method) -> str:
+    """What a method is, in parentheses."""
+    return f" ({method.summary.rstrip('.')}{f'; {method.paper}' if method.paper else ''})"
 
 
 def _cost(told: Told) -> Iterator[Sentence]:
@@ -158,13 +167,13 @@ def _tasks(told: Told) -> Iterator[Sentence]:
 
 
 def _diverging(told: Told) -> Iterator[Sentence]:
-    """How soon what it writes leaves what the original writes."""
+    """How soon what it writes leaves what the original writes. The card counts the tokens before the first other one."""
     here = ("card", "divergent")
     median, censored, share = (*here, "quantiles", "0.5"), (*here, "censored"), (*here, "share")
     never, other, middle = told.number(*censored), told.number(*share), told.number(*median)
     if never is None or other is None:
         return
-    half = f"half of its texts leave the original's by token {middle:g}" if middle is not None else (
+    half = f"half of its texts leave the original's by token {middle + 1:g}" if middle is not None else (
         f"more than half of its texts stay with the original's for all {told.at(*here, 'continuation')} tokens"
     )  # fmt: skip
     yield told.say(

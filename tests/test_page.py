@@ -147,7 +147,7 @@ def test_nothing_says_where_files_lie(tmp_path: Path) -> None:
     page = Page(write_report(directories, tmp_path / "page.html", generate=False, spectra=False))
     assert "/home" not in page.source and "/srv" not in page.source and "my models" not in page.source
     assert "refused: there is no text at text.txt." in page.text and "piqa=d.jsonl" in page.text
-    assert "there are no facts at f.yaml, and e.jsonl (https://a.org/b/c) is 3 m/s" in page.text
+    assert "there are no facts at f.yaml, and e.jsonl (https://a.org/b/c) is 3 tokens/s" in page.text
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,28 @@ def test_a_comparison_is_a_table_with_its_failures_and_fronts(tmp_path: Path) ->
     # from "small" to "large" and the original, which is best, past "worse"
     assert [front.count("H") for front in fronts[:2]] == [2, 2]
     assert [tag["href"] for tag in page.attributes("a")] == ["#run-1"]  # the one that was kept
+
+
+def test_fronts_are_those_of_the_comparison(tmp_path: Path) -> None:
+    """What it says, of every seed; a gain within the spread of its measurement is none."""
+    directory = _compared(tmp_path)
+    told = json.loads((directory / "compare.json").read_text())
+    for row, gain in zip(told["rows"], ((0.3, -0.1, 0.5), (0.2, 0.1, 0.3), (0.1, -0.1, 0.2)), strict=False):
+        row["card"]["speed"]["prefill"]["gain"] = dict(zip(("median", "lower", "upper"), gain, strict=True))
+    (directory / "compare.json").write_text(json.dumps(told))
+    own = write_report([directory], tmp_path / "own.html", generate=False, spectra=False).read_text()
+    assert (
+        "small: time to read, of the original&#39;s 100 %" in own
+        or "small: time to read, of the original's 100 %" in own
+    )
+    told |= {
+        "protocol": {"quality": "perplexity"},
+        "fronts": {"parameters": {"rows": ["worse", "large"], "reference": False}},
+    }
+    (directory / "compare.json").write_text(json.dumps(told))
+    said = write_report([directory], tmp_path / "said.html", generate=False, spectra=False).read_text()
+    fronts = [re.findall(r'class="line front" d="([^"]+)"', page) for page in (own, said)]
+    assert [each[0].count("H") for each in fronts] == [2, 1] and fronts[0][1:] == fronts[1][1:]
 
 
 def test_several_directories_make_one_page(tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def overview(comparisons: Sequence[Comparison], runs: Sequence[Run]) -> Overview
     ]
     if not comparisons and len(entries) < 2:
         return None
+    compared = comparisons[0].told if len(comparisons) == 1 and len(entries) == len(comparisons[0].rows) else None
     facts = [fact for comparison in comparisons for fact in _facts_of(comparison)]
     cards = {entry.name: entry.card for entry in entries if entry.card}
     cautions = [
@@ -100,8 +101,8 @@ def overview(comparisons: Sequence[Comparison], runs: Sequence[Run]) -> Overview
         for said in row.get("cautions") or ()
     ]
     return Overview(
-        facts, overview_table(entries), pareto_charts(entries), divergence_chart(cards) if len(cards) > 1 else None,
-        tuple(dict.fromkeys(cautions)),
+        facts, overview_table(entries), pareto_charts(entries, compared),
+        divergence_chart(cards) if len(cards) > 1 else None, tuple(dict.fromkeys(cautions)),
     )  # fmt: skip
 
 

@@ -126,6 +126,7 @@ def _cost(told: Told) -> Iterator[Sentence]:
             ("card", "divergence", "agreement"), ("card", "divergence", "kl"),
         )  # fmt: skip
     yield from _tasks(told)
+    yield from _knowledge(told)
     yield from _diverging(told)
     for index in range(len(told.at("decisions"))):
         mean = ("decisions", index, "notes", "mean held out error")
@@ -164,6 +165,22 @@ def _tasks(told: Told) -> Iterator[Sentence]:
         name = " ".join(str(score[key]) for key in ("name", "metric") if score.get(key))
         beside = "" if theirs is None else f"; the original has {theirs:.3f}"
         yield told.say(f"{name}: {ours:.3f}{beside}.", *((*here, key) for key in ("value", "reference")))
+
+
+def _knowledge(told: Told) -> Iterator[Sentence]:
+    """In how many of the LLM-KICK tasks it matches the original, and where it does not."""
+    scores = told.at("card", "kick", "scores") or ()
+    judged = {place: score for place, score in enumerate(scores) if score.get("matching") is not None}
+    if not judged:
+        return
+    worse = {place: score for place, score in judged.items() if not score["matching"]}
+    drops = [f"{score['task']} ({percent(score['drop'])} lower)" for score in worse.values()]
+    missed = f"; it does not in {', '.join(drops)}" if drops else ""
+    yield told.say(
+        f"In {len(judged) - len(worse)} of {count(len(judged), 'task')} of LLM-KICK it matches the original, at most 5 % "
+        f"below it{missed}.",
+        *(("card", "kick", "scores", place, key) for place in judged for key in ("matching", "drop")),
+    )  # fmt: skip
 
 
 def _diverging(told: Told) -> Iterator[Sentence]:

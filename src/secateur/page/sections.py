@@ -12,7 +12,7 @@ from secateur.files import human
 from secateur.page.charts import Chart, Series, brief, lines
 from secateur.page.gather import Comparison, Run
 from secateur.page.layers import cut_charts, error_charts, layer_tables
-from secateur.page.measured import card_notes, card_table, divergence_chart, task_table
+from secateur.page.measured import card_notes, card_table, divergence_chart, kick_table, task_table
 from secateur.page.models import Shown
 from secateur.page.overview import Entry, overview_table, pareto_charts
 from secateur.page.spectra import Spectrum
@@ -45,6 +45,7 @@ class Section:
     card_notes: Sequence[str]
     no_card: str
     tasks: Table | None
+    kick: Table | None
     divergence: Chart | None
     cuts: Sequence[Chart]
     errors: Sequence[Chart]
@@ -184,6 +185,7 @@ def section(run: Run, shown: Shown, alone: bool, receipt: str) -> Section:
         card_notes=card_notes(card) if card else (),
         no_card=str(skipped.get("skipped") or "") if not card else "",
         tasks=task_table(card),
+        kick=kick_table(card),
         divergence=divergence_chart({"result": card}),
         cuts=[chart for step in steps for chart in cut_charts(data, step)],
         errors=[chart for step in steps for chart in error_charts(data, step)],

@@ -96,10 +96,7 @@ def overview(comparisons: Sequence[Comparison], runs: Sequence[Run]) -> Overview
     facts = [fact for comparison in comparisons for fact in _facts_of(comparison)]
     cards = {entry.name: entry.card for entry in entries if entry.card}
     cautions = [
-        str(without_paths(said))
-        for comparison in comparisons
-        for row in comparison.rows
-        for said in row.get("cautions") or ()
+        str(said) for comparison in comparisons for row in comparison.rows for said in row.get("cautions") or ()
     ]
     return Overview(
         facts, overview_table(entries), pareto_charts(entries, compared),

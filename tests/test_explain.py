@@ -1,17 +1,23 @@
 """What is said of a run follows from figures of its receipt: each advice with the figure that asks for it and without."""
 
+import io
 import json
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from command import secateur
 from receipts import BLOCKS, lost, pruned, receipt, unit
 from secateur import RequestError, explain, registry
 from secateur.advice import RULES
 from secateur.figures import at, block_of, kind_of, pointer
+from secateur.recipe import Recipe
 from secateur.registry import methods
+from secateur.report import show
 from secateur.telling import Sentence
 
 
@@ -160,12 +166,85 @@ def test_tasks_and_divergent_tokens_are_told() -> None:
     divergent = {"quantiles": {"0.5": 17}, "censored": 0.1, "share": 0.4, "continuation": 64}
     tasks = [{"name": "arc", "metric": "acc", "value": 0.31, "reference": 0.35, "n": 500}]
     cost = "\n".join(s.text for s in explain(receipt(card__divergent=divergent, card__tasks=tasks)).cost)
-    assert "half of its texts leave the original's by token 17; 10.0 % never leave it" in cost
+    assert "half of its texts leave the original's by token 18; 10.0 % never leave it" in cost
     assert "arc acc: 0.310; the original has 0.350." in cost
     censored = {**divergent, "quantiles": {"0.5": None}}
     assert "stay with the original's for all 64 tokens" in "\n".join(
         s.text for s in explain(receipt(card__divergent=censored)).cost
     )
+
+
+def _commands(made: dict[str, Any]) -> list[str]:
+    return re.findall(r"`(secateur compress [^`]*)`", _next(made))
+
+
+def _steps(*steps: tuple[str, dict[str, Any]], **figures: Any) -> dict[str, Any]:
+    """A run of several steps."""
+    runs = [receipt(name, parameters, **figures) for name, parameters in steps]
+    made = runs[0]
+    made["recipe"]["steps"] = [run["recipe"]["steps"][0] for run in runs]
+    made["decisions"] = [run["decisions"][0] for run in runs]
+    return made
+
+
+def test_commands_keep_the_settings_of_the_run() -> None:
+    [more] = _commands(receipt("flap", {"ratio": 0.2, "axis": ["heads"], "allocation": "alphapruning"}))
+    assert more == (
+        "secateur compress org/base --method flap --set 'axis=[\"heads\"]' --set allocation=alphapruning --set ratio=0.3 "
+        "--calibration FILE --output NEW"
+    )
+    asked = shlex.split(more)
+    settings = [asked[place + 1] for place, part in enumerate(asked) if part == "--set"]
+    [step] = Recipe.of("flap", settings).steps
+    assert step.parameters["axis"] == ["heads"] and "alphapruning" in step.parameters["allocation"]
+    cut = {"target": 110_000_000, "axis": ["heads"]}
+    blind = receipt("magnitude_units", cut, decisions__0__notes={}, decisions__0__units={}, **lost(90))
+    [other] = _commands(blind)  # another method, the same cut, and nothing on a ratio that was not in force
+    assert "--set target=110000000" in other and "heads" in other and "ratio=" not in other
+
+
+@pytest.mark.parametrize("decided", [{"target": 110_000_000}, {"ratios": [0.2] * BLOCKS}, {"of": "parameters"}])
+def test_a_ratio_that_did_not_decide_alone_is_not_changed(decided: dict[str, Any]) -> None:
+    told = _next(receipt("flap", decided)) + _next(receipt("flap", decided, **lost(90)))
+    assert "there is room" not in told and "each half costs" not in told
+    assert "ratio=" not in _next(receipt("block_influence", {"remove": 1}))
+
+
+def test_several_steps_are_changed_together() -> None:
+    several = (("flap", {"ratio": 0.2}), ("flap", {"ratio": 0.4}))
+    assert _commands(_steps(*several)) == [
+        "secateur compress org/base --recipe DIR/secateur.json --set 0.ratio=0.3 --set 1.ratio=0.6 --output NEW"
+    ]
+    assert "--set 0.ratio=0.1 --set 1.ratio=0.2 " in _next(_steps(*several, **lost(90)))
+
+
+def test_an_allocation_is_named_and_credited_with_what_it_read() -> None:
+    made = pruned("magnitude", **lost(90))
+    made["recipe"]["steps"] = [{"magnitude": {"allocation": {"divergent_tokens": {}}}}]
+    made["decisions"][0]["notes"] = {"calibration": {"data": "text.txt", "sequences": 6, "tokens": 1536}}
+    done = "\n".join(sentence.text for sentence in explain(made).done)
+    assert "its budget divided by divergent_tokens (" in done and "2311.01544" in done
+    assert "divergent_tokens learned from 6 sequences" in done and "magnitude learned" not in done
+    assert "magnitude read no text" in _next(made)
+    made["recipe"]["steps"] = [{"wanda": {"allocation": {"divergent_tokens": {}}}}]
+    made["decisions"][0]["method"] = "wanda"
+    assert "wanda and divergent_tokens learned from 6" in "\n".join(s.text for s in explain(made).done)
+
+
+def test_prices_of_every_matrix_are_left_to_the_receipt() -> None:
+    prices = {f"model.layers.{block}.mlp.up_proj.weight": {"0.1": 0.25, "0.5": 0.75} for block in range(BLOCKS)}
+    together = {"first": 0.31, "corrected": 0.12}
+    made = pruned()
+    made["decisions"][0]["notes"] = {
+        "divergent tokens": {"tokens": 512, "price": 0.2, "together": together, "alone": prices}
+    }
+    made["decisions"][0]["notes"]["divergent tokens"]["alone"] = prices
+    made["card"] = {"skipped": "not asked for."}
+    console = Console(record=True, width=200, file=io.StringIO())
+    show(made, Path("out"), console)
+    said = console.export_text()
+    assert "divergent tokens: tokens 512, price 0.2, together first 0.31, corrected 0.12\n" in said
+    assert "up_proj" not in said
 
 
 def test_vocabularies_that_differ_are_compared_by_bytes() -> None:

@@ -22,6 +22,7 @@ from secateur.page import LARGEST, MARK, write_report
 from secateur.page.charts import log_ticks, ticks
 from secateur.page.spectra import blocks_left, compared
 from secateur.page.writing import Written, greedy, side_by_side, write
+from secateur.paths import without_paths
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -127,6 +128,67 @@ def test_what_comes_from_files_is_escaped(tmp_path: Path) -> None:
     assert not [tag for _, tag in page.tags if any(name.startswith("on") for name in tag)]
 
 
+HERE = "/home/someone/my models"
+
+
+def test_nothing_says_where_files_lie(tmp_path: Path) -> None:
+    """Paths inside values and sentences go too, and what only looks like one stays."""
+    made = receipt()
+    made["recipe"]["evaluate"] = {"tasks": [f"piqa={HERE}/d.jsonl", "arc=/srv/data/e.jsonl"], "facts": f"{HERE}/f.yaml"}
+    made["card"] = {
+        "skipped": f"there are no facts at {HERE}/f.yaml, and /srv/data/e.jsonl (https://a.org/b/c) is 3 tokens/s"
+    }
+    made["decisions"][0]["warnings"] = ["see file:///srv/data/notes.txt."]
+    directory = _compared(tmp_path)
+    told = json.loads((directory / "compare.json").read_text())
+    told["rows"][-1] |= {"error": "there is no text at /srv/data/text.txt.", "cautions": ["/srv/data/x is old."]}
+    (directory / "compare.json").write_text(json.dumps(told))
+    directories = [_run(tmp_path / "run", made), directory]
+    page = Page(write_report(directories, tmp_path / "page.html", generate=False, spectra=False))
+    assert "/home" not in page.source and "/srv" not in page.source and "my models" not in page.source
+    assert "refused: there is no text at text.txt." in page.text and "piqa=d.jsonl" in page.text
+    assert "there are no facts at f.yaml, and e.jsonl (https://a.org/b/c) is 3 tokens/s" in page.text
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("/srv/a/b", "b"),
+        ("/srv/a does not exist.", "a does not exist."),
+        ("--facts=/srv/a/b, then '/srv/c/d'.", "--facts=b, then 'd'."),
+        ("dataset:/srv/a/b → //srv/c/", "dataset:b → c"),
+        ("tokens/s, org/base, nats / token, ./a/b, https://arxiv.org/abs/1", None),
+    ],
+)
+def test_paths_are_their_last_part(said: str, shown: str | None) -> None:
+    assert without_paths(said) == (shown or said)
+
+
+def test_all_of_the_card_is_shown(tmp_path: Path) -> None:
+    made = receipt()
+    made["card"]["kick"] = {"facts": "facts.yaml", "scores": [
+        {"task": "open book", "n": 40, "value": 0.5, "stderr": 0.08, "reference": 0.625, "reference_stderr": 0.07,
+         "drop": 0.2, "matching": False, "chance": 0.25},
+        {"task": "summarisation", "n": 8, "value": 0.3, "reference": 0.3, "drop": 0.0, "matching": True, "kl": 0.125},
+    ]}  # fmt: skip
+    made["card"]["divergent"] = {
+        "quantiles": {"0.25": 3, "0.5": 17, "0.75": None}, "continuation": 64, "censored": 0.28, "share": 0.41,
+        "corrected": 0.07,
+    }  # fmt: skip
+    made["card"]["more_speed"] = [json.loads(json.dumps(made["card"]["speed"])) | {"batch": 4}]
+    made["card"]["more_speed"][0]["prefill"]["tokens"] = 1024
+    made["card"]["speed"]["decode"] |= {"joules": {"median": 0.75}, "reference_joules": {"median": 1.5}}
+    made["card"]["model"]["memory"]["loading"] = 123_000_000
+    page = _page(made, tmp_path)
+    for said in (
+        "open book 0.625 ± 0.070 0.500 ± 0.080 -20.0 % no", "in half of the texts at most – 17", "> 64", "28.0 %", "41.0 %",
+        "7.0 %", "writing 32 tokens behind 512 (decode)", "writing 32 tokens behind 1024 of each of 4 (decode)",
+        "batches of 1, 4", "writing behind 512, joules a token 1.500 0.750 -50.0 %", "memory while loading – 123 MB",
+        "In 1 of 2 tasks of LLM-KICK it matches the original, at most 5 % below it; it does not in open book (20.0 % lower)",
+    ):  # fmt: skip
+        assert said in page.text, said
+
+
 def test_old_receipts_give_a_page_without_what_they_lack(tmp_path: Path) -> None:
     made = receipt()
     for key in (
@@ -208,6 +270,28 @@ def test_a_comparison_is_a_table_with_its_failures_and_fronts(tmp_path: Path) ->
     # from "small" to "large" and the original, which is best, past "worse"
     assert [front.count("H") for front in fronts[:2]] == [2, 2]
     assert [tag["href"] for tag in page.attributes("a")] == ["#run-1"]  # the one that was kept
+
+
+def test_fronts_are_those_of_the_comparison(tmp_path: Path) -> None:
+    """What it says, of every seed; a gain within the spread of its measurement is none."""
+    directory = _compared(tmp_path)
+    told = json.loads((directory / "compare.json").read_text())
+    for row, gain in zip(told["rows"], ((0.3, -0.1, 0.5), (0.2, 0.1, 0.3), (0.1, -0.1, 0.2)), strict=False):
+        row["card"]["speed"]["prefill"]["gain"] = dict(zip(("median", "lower", "upper"), gain, strict=True))
+    (directory / "compare.json").write_text(json.dumps(told))
+    own = write_report([directory], tmp_path / "own.html", generate=False, spectra=False).read_text()
+    assert (
+        "small: time to read, of the original&#39;s 100 %" in own
+        or "small: time to read, of the original's 100 %" in own
+    )
+    told |= {
+        "protocol": {"quality": "perplexity"},
+        "fronts": {"parameters": {"rows": ["worse", "large"], "reference": False}},
+    }
+    (directory / "compare.json").write_text(json.dumps(told))
+    said = write_report([directory], tmp_path / "said.html", generate=False, spectra=False).read_text()
+    fronts = [re.findall(r'class="line front" d="([^"]+)"', page) for page in (own, said)]
+    assert [each[0].count("H") for each in fronts] == [2, 1] and fronts[0][1:] == fronts[1][1:]
 
 
 def test_several_directories_make_one_page(tmp_path: Path) -> None:

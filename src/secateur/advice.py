@@ -4,9 +4,9 @@ Thresholds are rules of thumb of our own, not of any paper; each stands once, he
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
+from secateur.commands import changed, exchanged, ratios
 from secateur.contract import TEXT
 from secateur.figures import Layer, by_block, matrix_layers, unit_layers
 from secateur.files import human
@@ -81,8 +81,8 @@ def _without_text(told: Told) -> Iterator[Sentence]:
         others = [other for other in _alike(told, index, method) if _reads_text(other)]
         if others:
             yield told.say(
-                f"{loss.text}, and {method.name} read no text. Methods that do lose less as a rule: {_names(others, told)}, "
-                f"as in `{_command(told, index, _best(others), '--calibration FILE')}`.",
+                f"{loss.text}, and {method.name} read no text. Methods that do lose less as a rule: {_names(others, told)}"
+                f"{exchanged(told, index, _ranked(others))}.",
                 *loss.keys, ("decisions", index, "method"),
             )  # fmt: skip
 
@@ -124,8 +124,7 @@ def _repair(told: Told) -> Iterator[Sentence]:
         if others := [other for other in _alike(told, index, method) if _rewrites(other)]:
             yield told.say(
                 f"{loss.text}. {method.name} does not ask for the second moment of the inputs, from which kept weights can "
-                f"make up for what goes; methods that do: {_names(others, told)}, as in "
-                f"`{_command(told, index, _best(others), '--calibration FILE')}`.",
+                f"make up for what goes; methods that do: {_names(others, told)}{exchanged(told, index, _ranked(others))}.",
                 *loss.keys, ("decisions", index, "method"),
             )  # fmt: skip
     if others := [other for other in methods().values() if other.kind == "recovery"]:
@@ -167,16 +166,17 @@ def _spare(told: Told, index: int, method: Method | None, worst: Sequence[int], 
     if method is None or index >= len(told.steps):
         return ""
     known, parameters = method.schema.model_fields, told.steps[index].parameters
+    where = f"{index}." if len(told.steps) > 1 else ""
     ways = []
     if "protect" in known:
-        ways.append(f"protect them (--set protect={list(worst)})")
+        ways.append(f"protect them (--set {where}protect={list(worst)})")
     if "ratios" in known and parameters.get("ratios") is None:
-        ways.append("give each block a ratio of its own (--set ratios=[…], less for these)")
+        ways.append(f"give each block a ratio of its own (--set {where}ratios=[…], less for these)")
     if "allocation" in known and not parameters.get("allocation"):
         scopes = {"matrices", "widths"} if method.scope == "units" else {"matrices"}
         dividers = [other for other in methods().values() if other.kind == "allocation" and other.scope in scopes]
         if dividers:
-            ways.append(f"let an allocation divide the budget (--set allocation=NAME: {_names(dividers, told)})")
+            ways.append(f"let an allocation divide the budget (--set {where}allocation=NAME: {_names(dividers, told)})")
     elif "allocation" in known:
         [used] = parameters["allocation"]
         ways.append(f"try another allocation than {used}, which has not evened this out")
@@ -314,16 +314,11 @@ def _room(told: Told) -> Iterator[Sentence]:
     before, after = (told.number("card", side, "parameters") for side in ("reference", "model"))
     if loss is None or loss.nats >= LITTLE or not before or not after or after >= before:
         return
-    for index, method in enumerate(told.methods):
-        if method is None or index >= len(told.steps):
-            continue
-        ratio = told.steps[index].parameters.get("ratio")
-        if isinstance(ratio, float) and 0 < ratio < 0.6:
-            yield told.say(
-                f"{loss.text}, for {1 - after / before:.1%} fewer parameters: there is room; try "
-                f"`{_command(told, index, method, ratio=round(1.5 * ratio, 2))}`.",
-                *loss.keys, ("card", "model", "parameters"), ("card", "reference", "parameters"),
-            )  # fmt: skip
+    if more := {index: round(1.5 * ratio, 2) for index, ratio in ratios(told).items() if 0 < ratio < 0.6}:
+        yield told.say(
+            f"{loss.text}, for {1 - after / before:.1%} fewer parameters: there is room; try `{changed(told, more)}`.",
+            *loss.keys, ("card", "model", "parameters"), ("card", "reference", "parameters"),
+        )  # fmt: skip
 
 
 def _less(told: Told) -> Iterator[Sentence]:
@@ -331,16 +326,12 @@ def _less(told: Told) -> Iterator[Sentence]:
     loss = told.loss
     if loss is None or loss.nats < 2 * MUCH:
         return
-    for index, method in enumerate(told.methods):
-        if method is None or index >= len(told.steps):
-            continue
-        ratio = told.steps[index].parameters.get("ratio")
-        if isinstance(ratio, float) and ratio > 0.05:
-            yield told.say(
-                f"{loss.text}: at this size that is more than a method alone makes good; try "
-                f"`{_command(told, index, method, ratio=round(ratio / 2, 3))}`, and see how much each half costs.",
-                *loss.keys, ("recipe", "steps", index),
-            )  # fmt: skip
+    if less := {index: round(ratio / 2, 3) for index, ratio in ratios(told).items() if ratio > 0.05}:
+        yield told.say(
+            f"{loss.text}: at this size that is more than a method alone makes good; try `{changed(told, less)}`, and see "
+            "how much each half costs.",
+            *loss.keys, *(("recipe", "steps", index) for index in less),
+        )  # fmt: skip
 
 
 def _time(told: Told) -> Iterator[Sentence]:
@@ -388,37 +379,13 @@ def _alike(told: Told, index: int, method: Method) -> list[Method]:
     ]
 
 
-def _best(others: Sequence[Method]) -> Method:
-    """The one to show a command of: those first that fit kept weights again, then those that block by block need little."""
-    return min(others, key=lambda other: (not _rewrites(other), other.scope != "units", other.name))
+def _ranked(others: Sequence[Method]) -> list[Method]:
+    """Those first that fit kept weights again, then those that block by block need little."""
+    return sorted(others, key=lambda other: (not _rewrites(other), other.scope != "units", other.name))
 
 
 def _names(others: Sequence[Method], told: Told, most: int = 4) -> str:
     """A few of them by name, the likeliest first, and how many more there are."""
-    ranked = sorted(others, key=lambda other: (not _rewrites(other), other.scope != "units", other.name))
-    shown = ", ".join(other.name for other in ranked[:most])
-    rest = len(ranked) - most
+    shown = ", ".join(other.name for other in _ranked(others)[:most])
+    rest = len(others) - most
     return f"{shown} and {rest} more (`secateur methods`)" if rest > 0 else shown
-
-
-def _command(told: Told, index: int, method: Method, more: str = "", **changed: Any) -> str:
-    """How to run a method on the same model, with what it takes of the settings of this step."""
-    had: Mapping[str, Any] = told.steps[index].parameters if index < len(told.steps) else {}
-    known: dict[str, Any] = {
-        key: had[key]
-        for key in ("ratio", "pattern", "remove")
-        if had.get(key) is not None and key in method.schema.model_fields
-    }
-    wanted: dict[str, Any] = {**known, **changed}
-    settings = " ".join(f"--set {key}={value}" for key, value in wanted.items())
-    if not more and told.learned(index):
-        more = "--calibration FILE"
-    parts = [
-        "secateur compress",
-        str(told.at("source", "model")),
-        f"--method {method.name}",
-        settings,
-        more,
-        "--output NEW",
-    ]
-    return " ".join(part for part in parts if part)

@@ -12,6 +12,7 @@ from typing import Any
 from secateur.advice import advice
 from secateur.figures import matrix_layers, read_receipt, unit_layers
 from secateur.files import human
+from secateur.registry import Method
 from secateur.report import summary
 from secateur.telling import Keys, Sentence, Told, count, percent, times
 
@@ -88,20 +89,28 @@ def _step(told: Told, index: int) -> Iterator[Sentence]:
     lines = summary({"decisions": [{"units": {}, **decision}]})
     text = "; ".join(line.removeprefix(f"{decision['method']}: ") for line in lines)
     method = told.methods[index]
-    known = f" ({method.summary.rstrip('.')}{f'; {method.paper}' if method.paper else ''})" if method else ""
-    name = decision["method"]
-    yield told.say(f"{name}{known}: {text}.", *basis)
+    name, divider = decision["method"], told.divider(index)
+    shared = f", its budget divided by {divider.name}{_card(divider)}" if divider else ""
+    basis += [("recipe", "steps", index, name, "allocation")] if divider else []
+    yield told.say(f"{name}{_card(method) if method else ''}{shared}: {text}.", *basis)
     learned = ("decisions", index, "notes", "calibration")
     if told.at(*learned):
         data, sequences, tokens, beside = (
             told.at(*learned, key) for key in ("data", "sequences", "tokens", "held_out_tokens")
         )
+        who = " and ".join(told.readers(index))
         apart = f", and {beside:,} more were held out to check it" if beside else ""
         yield told.say(
-            f"{name} learned from {count(sequences, 'sequence')} ({data}), {tokens:,} tokens in all{apart}.", learned
+            f"{who} learned from {count(sequences, 'sequence')} ({data}), {tokens:,} tokens in all{apart}.",
+            learned,
         )
     for place, warning in enumerate(decision.get("warnings", ())):
         yield told.say(warning, ("decisions", index, "warnings", place))
+
+
+def _card(method: Method) -> str:
+    """What a method is, in parentheses."""
+    return f" ({method.summary.rstrip('.')}{f'; {method.paper}' if method.paper else ''})"
 
 
 def _cost(told: Told) -> Iterator[Sentence]:
@@ -117,6 +126,7 @@ def _cost(told: Told) -> Iterator[Sentence]:
             ("card", "divergence", "agreement"), ("card", "divergence", "kl"),
         )  # fmt: skip
     yield from _tasks(told)
+    yield from _knowledge(told)
     yield from _diverging(told)
     for index in range(len(told.at("decisions"))):
         mean = ("decisions", index, "notes", "mean held out error")
@@ -157,14 +167,30 @@ def _tasks(told: Told) -> Iterator[Sentence]:
         yield told.say(f"{name}: {ours:.3f}{beside}.", *((*here, key) for key in ("value", "reference")))
 
 
+def _knowledge(told: Told) -> Iterator[Sentence]:
+    """In how many of the LLM-KICK tasks it matches the original, and where it does not."""
+    scores = told.at("card", "kick", "scores") or ()
+    judged = {place: score for place, score in enumerate(scores) if score.get("matching") is not None}
+    if not judged:
+        return
+    worse = {place: score for place, score in judged.items() if not score["matching"]}
+    drops = [f"{score['task']} ({percent(score['drop'])} lower)" for score in worse.values()]
+    missed = f"; it does not in {', '.join(drops)}" if drops else ""
+    yield told.say(
+        f"In {len(judged) - len(worse)} of {count(len(judged), 'task')} of LLM-KICK it matches the original, at most 5 % "
+        f"below it{missed}.",
+        *(("card", "kick", "scores", place, key) for place in judged for key in ("matching", "drop")),
+    )  # fmt: skip
+
+
 def _diverging(told: Told) -> Iterator[Sentence]:
-    """How soon what it writes leaves what the original writes."""
+    """How soon what it writes leaves what the original writes. The card counts the tokens before the first other one."""
     here = ("card", "divergent")
     median, censored, share = (*here, "quantiles", "0.5"), (*here, "censored"), (*here, "share")
     never, other, middle = told.number(*censored), told.number(*share), told.number(*median)
     if never is None or other is None:
         return
-    half = f"half of its texts leave the original's by token {middle:g}" if middle is not None else (
+    half = f"half of its texts leave the original's by token {middle + 1:g}" if middle is not None else (
         f"more than half of its texts stay with the original's for all {told.at(*here, 'continuation')} tokens"
     )  # fmt: skip
     yield told.say(

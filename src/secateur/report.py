@@ -17,6 +17,7 @@ from secateur.evaluation.measure import Opened
 from secateur.evaluation.task_files import without_folders
 from secateur.files import human
 from secateur.network.source import Source
+from secateur.paths import without_paths
 from secateur.recipe import Evaluate, Recipe
 from secateur.registry import find
 
@@ -183,16 +184,22 @@ def show(receipt: Mapping[str, Any], output: Path, console: Console) -> None:
 
 
 def _brief(value: Any) -> str:
-    """A note's value in a line: long lists of numbers by their range, histories by their first and last entry."""
+    """A note's value in a line: long lists of numbers by their range, histories by their first and last entry. Tables inside
+    it, with a mapping for each matrix or block, are left to the receipt.
+    """
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_brief(entry)}" for name, entry in value.items())
+        return ", ".join(f"{name} {_brief(entry)}" for name, entry in value.items() if not _is_table(entry))
     if isinstance(value, list) and len(value) > 4 and all(isinstance(entry, int | float) for entry in value):
         return f"{min(value):.4g} to {max(value):.4g}, mean {sum(value) / len(value):.4g}"
     if isinstance(value, list):
         return f"{_brief(value[0])} → {_brief(value[-1])}" if len(value) > 4 else "; ".join(map(_brief, value))
     return str(value)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, dict) for entry in value.values())
 
 
 def model_card(receipt: Mapping[str, Any]) -> str:
@@ -220,7 +227,7 @@ def model_card(receipt: Mapping[str, Any]) -> str:
         why,
         "## What was done",
         "\n".join(f"- {line}" for line in summary(receipt)),
-        "\n".join(f"- {sentence}" for d in receipt["decisions"] for sentence in d["warnings"]),
+        "\n".join(f"- {without_paths(sentence)}" for d in receipt["decisions"] for sentence in d["warnings"]),
         f"Reload check: {receipt['reload_check']['how']}.",
         f"```yaml\n{yaml.safe_dump(_publishable(receipt['recipe']), sort_keys=False)}```",
         "## Methods",
@@ -231,7 +238,7 @@ def model_card(receipt: Mapping[str, Any]) -> str:
         console = Console(record=True, width=110, file=io.StringIO())
         named = {"model": "this model", "reference": base}
         columns = {side: {**card[side], "name": name} for side, name in named.items() if card[side]}
-        console.print(render(ResultCard.from_dict({**card, **columns})))
+        console.print(render(ResultCard.from_dict(without_paths({**card, **columns}))))
         parts += ["## Measured", f"```\n{console.export_text().rstrip()}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -257,15 +264,6 @@ def _publishable(recipe: Mapping[str, Any]) -> dict[str, Any]:
         plain["calibration"] = {**plain["calibration"], "data": Path(data).name}
     published: dict[str, Any] = without_paths({**plain, "steps": steps})
     return published
-
-
-def without_paths(value: Any) -> Any:
-    """Plain data in which every absolute path is its last part."""
-    if isinstance(value, Mapping):
-        return {name: without_paths(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [without_paths(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def shape(source: Source) -> dict[str, Any]:

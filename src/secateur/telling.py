@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from secateur.contract import NEEDS
 from secateur.errors import RequestError
 from secateur.figures import at, number, pointer
 from secateur.recipe import Recipe, Step
 from secateur.registry import Method, find
+from secateur.solving import Solver
 
 Keys = Sequence[str | int]
 
@@ -71,10 +73,32 @@ class Told:
                 found.append(None)
         return found
 
-    def learned(self, step: int) -> bool:
-        """Whether a step read any text."""
+    def read_text(self, step: int) -> bool:
+        """Whether a step read any text, for its method or for its allocation."""
         notes = self.at("decisions", step, "notes") or {}
         return "calibration" in notes or "counted" in notes
+
+    def readers(self, step: int) -> list[str]:
+        """Who read the text that a step read: its method, the allocation that divided its budget, or both."""
+        if not self.read_text(step):
+            return []
+        name = str(self.at("decisions", step, "method"))
+        divider = self.divider(step)
+        if divider is None:
+            return [name]
+        ran = self.steps[step]
+        by_method = Solver.of(ran.registered, ran.parameters).calibrated
+        by_divider = any(NEEDS[need].scope == "any" and NEEDS[need].data for need in divider.needs.values())
+        return [*([name] if by_method else []), *([divider.name] if by_divider else [])] or [name]
+
+    def learned(self, step: int) -> bool:
+        """Whether the method of a step read any text itself."""
+        return self.at("decisions", step, "method") in self.readers(step)
+
+    def divider(self, step: int) -> Method | None:
+        """The allocation that divided the budget of a step."""
+        named = self.steps[step].parameters.get("allocation") if step < len(self.steps) else None
+        return find(next(iter(named))) if named else None
 
     @property
     def loss(self) -> Loss | None:

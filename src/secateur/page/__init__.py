@@ -23,7 +23,7 @@ from secateur.page.gather import Comparison, Run, gather
 from secateur.page.models import Shown, look
 from secateur.page.sections import overview, section
 from secateur.page.writing import PROMPTS, TOKENS
-from secateur.report import without_paths
+from secateur.paths import without_paths
 
 MARK = "<!-- written by secateur report -->"
 """In the first lines of every report: only such a file is written over."""

@@ -20,6 +20,9 @@ def card_table(card: Card) -> Table:
         ("parameters", ("parameters",), whole),
         ("bytes on disk", ("bytes_on_disk",), human),
         ("peak memory", ("memory", "peak"), human),
+        ("memory while loading", ("memory", "loading"), human),
+        ("memory while reading", ("memory", "prefill"), human),
+        ("memory while writing", ("memory", "decode"), human),
         (f"multiply-adds of {tokens} tokens", ("multiply_adds",), lambda value: f"{value / 1e9:,.3f} G"),
         ("perplexity", ("perplexity", "perplexity"), plain),
         ("bits per byte", ("perplexity", "bits_per_byte"), lambda value: f"{value:.4f}"),
@@ -28,21 +31,68 @@ def card_table(card: Card) -> Table:
     kl, agreement = (at(card, ("divergence", key)) for key in ("kl", "agreement"))
     rows.append((text("KL to the original, nats a token"), Cell(ABSENT), figure(kl, plain), Cell(ABSENT)))
     rows.append((text("same first token"), Cell(ABSENT), figure(agreement, percent), Cell(ABSENT)))
+    rows += _divergent_rows(card)
     settings = [speed for speed in (at(card, ("speed",)), *(at(card, ("more_speed",)) or ())) if speed]
     for speed, (phase, name) in product(settings, (("prefill", "reading"), ("decode", "writing"))):
         pace = speed.get(phase) or {}
         batch = f" of each of {speed['batch']}" if (number(speed.get("batch")) or 1) > 1 else ""
-        label = f"{name} {pace.get('tokens')} tokens{batch} ({phase}), tokens/s"
+        behind = f" behind {at(speed, ('prefill', 'tokens'))}" if phase == "decode" else ""
+        label = f"{name} {pace.get('tokens')} tokens{behind}{batch} ({phase}), tokens/s"
         ours, theirs, gain = (at(pace, (side, "median")) for side in ("model", "reference", "gain"))
         rows.append((text(label), figure(theirs, _rate), figure(ours, _rate), figure(gain, change)))
         lower, upper = (number(at(pace, ("gain", key))) for key in ("lower", "upper"))
         if lower is not None and upper is not None:
             spread = Cell(f"{change(lower)} to {change(upper)}", lower)
             rows.append((text(f"{name}, quartiles of the gain"), Cell(ABSENT), Cell(ABSENT), spread))
+        spent = [number(at(pace, (key, "median"))) for key in ("reference_joules", "joules")]
+        moved = spent[1] / spent[0] - 1 if spent[0] and spent[1] is not None else None
+        shown = [figure(value, lambda found: f"{found:,.3f}") for value in spent]
+        rows.append((text(f"{name}{behind}{batch}, joules a token"), *shown, figure(moved, change)))
     expected = at(card, ("expected_gain",))
     rows.append((text("gain that multiply-adds promise"), Cell(ABSENT), Cell(ABSENT), figure(expected, change)))
     rows = [row for row in rows if any(cell.text != ABSENT for cell in row[1:])]
     return table("Result card", ("", "original", "result", "change"), rows)
+
+
+def _divergent_rows(card: Card) -> list[tuple[Cell, ...]]:
+    """How soon and how often greedy text is another than the original's."""
+    found = at(card, ("divergent",)) or {}
+    rows: list[tuple[Cell, ...]] = []
+    for share_of, label in (("0.25", "a quarter"), ("0.5", "half"), ("0.75", "three quarters")):
+        quantiles = found.get("quantiles") or {}
+        if share_of in quantiles:
+            after = number(quantiles[share_of])
+            shown = figure(after, whole) if after is not None else text(f"> {found.get('continuation')}")
+            name = f"tokens before the first divergent one, in {label} of the texts at most"
+            rows.append((text(name), Cell(ABSENT), shown, Cell(ABSENT)))
+    for key, label in (
+        ("censored", "texts that never diverge"),
+        ("share", "divergent tokens, each reading its own text"),
+        ("corrected", "divergent tokens, reading the original's text"),
+    ):
+        rows.append((text(label), Cell(ABSENT), figure(found.get(key), percent), Cell(ABSENT)))
+    return rows
+
+
+def kick_table(card: Card) -> Table | None:
+    """Scores of the LLM-KICK protocol beside the original's."""
+    scores = at(card, ("kick", "scores"))
+    if not scores:
+        return None
+    rows = []
+    for score in scores:
+        before, after, drop = (number(score.get(key)) for key in ("reference", "value", "drop"))
+        matches = {True: "yes", False: "no"}.get(score.get("matching"))
+        rows.append((
+            text(score.get("task")), _score(before, score.get("reference_stderr")), _score(after, score.get("stderr")),
+            figure(None if drop is None else -drop, change), text(matches), figure(score.get("chance"), plain),
+            figure(score.get("kl"), plain), figure(score.get("agreement"), percent), figure(score.get("n"), whole),
+        ))  # fmt: skip
+    columns = ("task", "original", "result", "change", "matches", "chance", "KL, nats", "same first token", "questions")
+    said = f" Facts: {at(card, ('kick', 'facts'))}." if at(card, ("kick", "facts")) else ""
+    return table(
+        "Knowledge (LLM-KICK)", columns, rows, note=f"± one standard error; a match is at most 5 % below.{said}"
+    )
 
 
 def _against(card: Card, label: str, keys: tuple[str, ...], show: Callable[[float], str]) -> tuple[Cell, ...]:
@@ -71,8 +121,11 @@ def card_notes(card: Card) -> list[str]:
     if of_shift and of_shift != of_text:
         said.append(f"KL and same first token: {_protocol(of_shift)}.")
     if speed := at(card, ("speed",)):
+        more = at(card, ("more_speed",)) or ()
+        sizes = sorted({int(number(each.get("batch")) or 1) for each in (speed, *more)})
+        batches = f"batch {sizes[0]}" if len(sizes) == 1 else f"batches of {', '.join(map(str, sizes))}"
         said.append(
-            f"Speed: {speed.get('pairs')} turns of each in alternating order, batch {speed.get('batch') or 1}, "
+            f"Speed: {speed.get('pairs')} turns of each in alternating order, {batches}, "
             f"{speed.get('dtype')}, {speed.get('device')}, {speed.get('threads')} threads; medians."
         )
     return [*said, *map(str, at(card, ("notes",)) or ())]

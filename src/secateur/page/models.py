@@ -13,6 +13,7 @@ from secateur.page.gather import Run
 from secateur.page.originals import AbsentError, Original, open_original
 from secateur.page.spectra import Spectrum, spectra
 from secateur.page.writing import Pair, Written, side_by_side, write
+from secateur.paths import without_paths
 from secateur.run import free_memory
 
 
@@ -76,10 +77,10 @@ def _open(run: Run, work: Path, trust_remote_code: bool) -> _Known:
 
 def _reason(error: Exception, run: Run) -> str:
     """The end of a sentence that does not say where files lie on this machine."""
-    said = str(error).rstrip(".")
+    said = str(error)
     for path in (str(run.path), str(at(run.receipt, ("source", "model")))):
         said = said.replace(path, Path(path).name) if Path(path).is_absolute() else said
-    return said
+    return str(without_paths(said)).rstrip(".")
 
 
 def _spectra(run: Run, known: _Known, seconds: float, trust_remote_code: bool) -> tuple[list[Spectrum], str]:

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from secateur.comparison.summary import latency
 from secateur.evaluation.pareto import pareto_front
+from secateur.evaluation.speed import Pace, Spread
 from secateur.figures import at, number
 from secateur.files import human
 from secateur.page.charts import Chart, Point, brief, scatter
@@ -74,22 +76,29 @@ def _less(entry: Entry, what: str) -> float | None:
 
 def _seconds(entry: Entry) -> float | None:
     """Time to read a text, relative to the original's in the same measurement: machines and loads cancel out."""
-    gain = entry.gain("prefill")
-    return 1 / (1 + gain) if gain is not None and gain > -1 else None
+    found = {key: number(at(entry.card, ("speed", "prefill", "gain", key))) for key in ("median", "lower", "upper")}
+    known = {key: value for key, value in found.items() if value is not None}
+    if len(known) < len(found) or known["median"] <= -1:
+        return None
+    gain = Spread(**known, samples=())
+    return latency(Pace(tokens=0, model=gain, reference=None, gain=gain))
 
 
-_SIZES: tuple[tuple[str, Callable[[Entry], float | None], tuple[str, ...] | None, Callable[[float], str]], ...] = (
-    ("parameters", lambda entry: entry.size("parameters"), ("parameters",), brief),
-    ("bytes on disk", lambda entry: entry.size("bytes"), ("bytes_on_disk",), human),
-    ("time to read, of the original's", _seconds, None, share),
+_SIZES: tuple[tuple[str, str, Callable[[Entry], float | None], tuple[str, ...] | None, Callable[[float], str]], ...] = (
+    ("parameters", "parameters", lambda entry: entry.size("parameters"), ("parameters",), brief),
+    ("bytes on disk", "bytes", lambda entry: entry.size("bytes"), ("bytes_on_disk",), human),
+    ("time to read, of the original's", "prefill", _seconds, None, share),
 )
 
 
 @dataclass(frozen=True)
 class _Quality:
-    """A figure by which runs may be compared, less being better. keys: in a card. protocol: what must be alike for that."""
+    """A figure by which runs may be compared, less being better. measure: its name in a comparison. keys: in a card.
+    protocol: what must be alike for that.
+    """
 
     name: str
+    measure: str
     keys: tuple[str, ...]
     protocol: tuple[tuple[str, ...], ...]
 
@@ -99,24 +108,30 @@ class _Quality:
 
 
 _OF_TEXT = ("model", "perplexity", "protocol")
+_TEXTS = ((*_OF_TEXT, "sha256"), (*_OF_TEXT, "window"))
 _QUALITIES = (
-    _Quality("perplexity", ("model", "perplexity", "perplexity"), (_OF_TEXT,)),
-    _Quality("bits per byte", ("model", "perplexity", "bits_per_byte"), ((*_OF_TEXT, "sha256"), (*_OF_TEXT, "window"))),
-    _Quality("KL to the original, nats a token", ("divergence", "kl"), (("divergence", "protocol"),)),
+    _Quality("perplexity", "perplexity", ("model", "perplexity", "perplexity"), (_OF_TEXT,)),
+    _Quality(
+        "bits per byte",
+        "bits_per_byte",
+        ("model", "perplexity", "bits_per_byte"),
+        ((*_OF_TEXT, "sha256"), (*_OF_TEXT, "window")),
+    ),
+    _Quality("KL to the original, nats a token", "kl", ("divergence", "kl"), (("divergence", "protocol"),)),
 )
 
 
-def pareto_charts(entries: Sequence[Entry]) -> list[Chart]:
+def pareto_charts(entries: Sequence[Entry], told: Mapping[str, Any] | None = None) -> list[Chart]:
     """Quality against size and time, for the runs that were measured in the same way against the same original: by the
     figure that most of them have.
 
     A plot needs two runs at least. The original is drawn too, where it is stored alike, and takes part: a run that is no
-    smaller and worse is on no front.
+    smaller and worse is on no front. told: the comparison that all of them are of, whose fronts are taken as it says them.
     """
     groups = [(quality, _alike(entries, quality)) for quality in _QUALITIES]
     quality, alike = max(groups, key=lambda group: len(group[1]))
     charts = []
-    for what, size, original, show in _SIZES if len(alike) > 1 else ():
+    for what, figure_of, size, original, show in _SIZES if len(alike) > 1 else ():
         points = [(entry, size(entry), number(at(entry.card, quality.keys))) for entry in alike]
         known = [(entry, x, y) for entry, x, y in points if x is not None and y is not None]
         if len(known) < 2 or len({x for _, x, _ in known}) + len({y for _, _, y in known}) < 3:
@@ -131,7 +146,13 @@ def pareto_charts(entries: Sequence[Entry]) -> list[Chart]:
         if origin and (origin[1] > 0 or not wide):  # nothing is as good as a logarithm's zero
             hint = f"the original: {what} {show(origin[0])}, {quality.name} {plain(origin[1])}"
             marks.insert(0, Point(*origin, "0", hint, "before"))
-        front = pareto_front([(mark.x, mark.y) for mark in marks])
+        said_front = at(told, ("fronts", figure_of)) if at(told, ("protocol", "quality")) == quality.measure else None
+        if said_front:
+            names = [*([None] if marks[0].label == "0" else []), *(entry.name for entry, _, _ in known)]
+            on = [*said_front.get("rows", ()), *([None] if said_front.get("reference") else [])]
+            front = [place for place, name in enumerate(names) if name in on]
+        else:
+            front = pareto_front([(mark.x, mark.y) for mark in marks])
         marks = [replace(mark, front=place in front) for place, mark in enumerate(marks)]
         title = f"{quality.name[:1].upper()}{quality.name[1:]} against {what}"
         made = scatter(title, marks, what, quality.name, log=wide, show_x=show)

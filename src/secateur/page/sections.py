@@ -1,7 +1,7 @@
 """The parts of a page, as its template takes them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -12,13 +12,13 @@ from secateur.files import human
 from secateur.page.charts import Chart, Series, brief, lines
 from secateur.page.gather import Comparison, Run
 from secateur.page.layers import cut_charts, error_charts, layer_tables
-from secateur.page.measured import card_notes, card_table, divergence_chart, task_table
+from secateur.page.measured import card_notes, card_table, divergence_chart, kick_table, task_table
 from secateur.page.models import Shown
 from secateur.page.overview import Entry, overview_table, pareto_charts
 from secateur.page.spectra import Spectrum
 from secateur.page.tables import Cell, Table, change, figure, percent, table, text
 from secateur.page.writing import Pair
-from secateur.report import without_paths
+from secateur.paths import without_paths
 from secateur.telling import Told
 
 
@@ -45,6 +45,7 @@ class Section:
     card_notes: Sequence[str]
     no_card: str
     tasks: Table | None
+    kick: Table | None
     divergence: Chart | None
     cuts: Sequence[Chart]
     errors: Sequence[Chart]
@@ -78,6 +79,7 @@ def card_of(receipt: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def overview(comparisons: Sequence[Comparison], runs: Sequence[Run]) -> Overview | None:
     """The table of all runs and what they cost against what they save; None for one run alone."""
+    comparisons = [_published(comparison) for comparison in comparisons]
     entries: list[Entry] = []
     told: set[str] = set()
     for comparison in comparisons:
@@ -90,19 +92,25 @@ def overview(comparisons: Sequence[Comparison], runs: Sequence[Run]) -> Overview
     ]
     if not comparisons and len(entries) < 2:
         return None
+    compared = comparisons[0].told if len(comparisons) == 1 and len(entries) == len(comparisons[0].rows) else None
     facts = [fact for comparison in comparisons for fact in _facts_of(comparison)]
     cards = {entry.name: entry.card for entry in entries if entry.card}
     cautions = [
         str(said) for comparison in comparisons for row in comparison.rows for said in row.get("cautions") or ()
     ]
     return Overview(
-        facts, overview_table(entries), pareto_charts(entries), divergence_chart(cards) if len(cards) > 1 else None,
-        tuple(dict.fromkeys(cautions)),
+        facts, overview_table(entries), pareto_charts(entries, compared),
+        divergence_chart(cards) if len(cards) > 1 else None, tuple(dict.fromkeys(cautions)),
     )  # fmt: skip
 
 
+def _published(comparison: Comparison) -> Comparison:
+    told = without_paths(comparison.told)
+    return replace(comparison, told=told, rows=told["rows"])
+
+
 def _of_run(place: int, run: Run) -> Entry:
-    receipt = run.receipt
+    receipt = without_paths(run.receipt)
     card = card_of(receipt)
     return Entry(
         place, run.name, _methods(receipt), card, {} if card else _counted(receipt),
@@ -142,7 +150,7 @@ def _facts_of(comparison: Comparison) -> list[tuple[str, str]]:
     said = [("Comparison", comparison.name)]
     for key, label in (("model", "Model"), ("budget", "Budget"), ("protocol", "Protocol")):
         if value := comparison.told.get(key):
-            said.append((label, _plain(without_paths(value))))
+            said.append((label, _plain(value)))
     return said
 
 
@@ -174,6 +182,7 @@ def section(run: Run, shown: Shown, alone: bool, receipt: str) -> Section:
         card_notes=card_notes(card) if card else (),
         no_card=str(skipped.get("skipped") or "") if not card else "",
         tasks=task_table(card),
+        kick=kick_table(card),
         divergence=divergence_chart({"result": card}),
         cuts=[chart for step in steps for chart in cut_charts(data, step)],
         errors=[chart for step in steps for chart in error_charts(data, step)],

@@ -179,8 +179,13 @@ def compare(
     text: Annotated[
         Path | None, typer.Option(help="Text for perplexity; without one the model writes its own.")
     ] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Tokens read at once.")] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="How many windows of that text; default all.")] = None,
+    divergent: Annotated[bool, typer.Option("--divergent", help="How far greedy texts go along with MODEL's.")] = False,
     tasks: Annotated[list[str] | None, typer.Option(help="As for evaluate; once for each.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first questions of each task.")] = None,
+    kick: Annotated[bool, typer.Option("--kick", help="Ask for facts, summaries and instructions (LLM-KICK).")] = False,
+    facts: Annotated[Path | None, typer.Option(help="Facts of your own for --kick, JSONL.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the results; default the source's own.")] = None,
     device: Annotated[str, typer.Option(help="Where tensors are computed.")] = "cpu",
     max_memory: Annotated[
@@ -205,8 +210,9 @@ def compare(
             raise RequestError("name the directory to write with --output DIR.")
         done = run(
             model, {row.name: row.recipe for row in rows}, output=output, keep=keep, seeds=seed or (), text=text,
-            budget=Budget.parse(budget, tolerance) if budget else None, windows=windows, tasks=tasks or (), dtype=dtype,
-            device=device, max_memory=size_of(max_memory), evaluate=evaluate, pairs=pairs,
+            budget=Budget.parse(budget, tolerance) if budget else None, window=window, windows=windows,
+            divergent=divergent, tasks=tasks or (), limit=limit, kick=kick, facts=facts, dtype=dtype, device=device,
+            max_memory=size_of(max_memory), evaluate=evaluate, pairs=pairs,
             trust_remote_code=trust_remote_code, progress=bars(quiet),
         )  # fmt: skip
         if int(os.environ.get("RANK", "0")) == 0:

@@ -94,8 +94,13 @@ def measured_alike(found: Sequence[Entry], asked: Mapping[str, Any]) -> list[Ent
             entry = Entry(entry.name, Recipe.parse(plain))
         alike.append(entry)
     if len({str(entry.recipe.plain()["evaluate"]) for entry in alike}) > 1:
+        each_wants = [entry.recipe.evaluate for entry in alike]
+        told = [each if isinstance(each, Evaluate) else Evaluate() for each in each_wants]
+        differ = [name for name in Evaluate.model_fields if len({str(getattr(each, name)) for each in told}) > 1]
+        remedy = f"say {', '.join(f'--{name}' for name in differ)} for all, or write" if differ else "write"
         raise RequestError(
-            "the recipes want different things measured, which would not compare; say --text FILE and --windows N for all."
+            f"the recipes want different things measured, which would not compare ({', '.join(differ) or 'some nothing'}); "
+            f"{remedy} the same `evaluate` in every recipe."
         )
     return alike
 

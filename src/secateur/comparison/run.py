@@ -24,9 +24,12 @@ from secateur.comparison.table import write_csv
 from secateur.context import Progress, alone, barrier, forget_peak, give_back_memory, process_group, processes, silent
 from secateur.errors import RequestError, RunError, SecateurError
 from secateur.evaluation import multiply_adds, speed
+from secateur.evaluation.energy import Meter
 from secateur.evaluation.measure import Opened, open_reference, with_speed
 from secateur.evaluation.memory import bytes_on_disk
-from secateur.files import read_json, sha256, write_json, write_text
+from secateur.evaluation.task_files import Asked, read_definition
+from secateur.figures import zeros_of
+from secateur.files import human, read_json, sha256, write_json, write_text
 from secateur.network.source import check_device, load, open_model
 from secateur.network.store import check_output
 from secateur.network.verify import CleanProcess
@@ -63,7 +66,11 @@ def compare(
     text: str | Path | None = None,
     window: int | None = None,
     windows: int | None = None,
+    divergent: bool = False,
     tasks: Sequence[str] = (),
+    limit: int | None = None,
+    kick: bool = False,
+    facts: str | Path | None = None,
     keep: str = "all",
     dtype: str | None = None,
     device: str = "cpu",
@@ -83,8 +90,10 @@ def compare(
         output: directory for the table and the results.
         budget: what every result is to count, such as "parameters=0.8"; None leaves the recipes as they are.
         seeds: every recipe is run with each of them; default its own.
-        text, window, windows, tasks: what is measured, instead of what the recipes say; see `evaluate`.
-        keep: which results stay on disk when the table is written: all, those on a front, or none.
+        text, window, windows, divergent, tasks, limit, kick, facts: what is measured, instead of what the recipes say; see
+            `evaluate`.
+        keep: which results stay on disk when the table is written: all, those on a front (and those of which nothing could
+            be measured), or none.
         evaluate: whether results are measured; their sizes are counted in any case.
         pairs: interleaved pairs of speed measurements for each row; 0 for none.
         dtype, device, max_memory, trust_remote_code, shard_bytes, clean: as in `compress`.
@@ -92,14 +101,20 @@ def compare(
     Started by torchrun, processes share the runs out, each of which is a run of one process.
 
     Raises RequestError when the request is wrong (nothing was written), RunError when no recipe gave a result. Stopped at
-    any moment, the same call goes on: what is finished is not done again, but what failed is.
+    any moment, the same call goes on: what is finished is not done again, but what failed is, runs and measurements.
     """
-    asked = {"text": text and str(text), "window": window, "windows": windows, "tasks": list(tasks) or None}
+    asked = {
+        "text": text and str(text), "window": window, "windows": windows, "divergent": divergent or None,
+        "tasks": list(tasks) or None, "limit": limit, "kick": kick or None, "facts": facts and str(facts),
+    }  # fmt: skip
     read = {name: each if isinstance(each, Recipe) else Recipe.read(Path(each)) for name, each in recipes.items()}
     named = [Entry(name, recipe) for name, recipe in read.items()]
     found = measured_alike(checked(named), {key: value for key, value in asked.items() if value is not None})
     for entry in found:
         entry.recipe.check_files()
+    wanted = found[0].recipe.evaluate  # all want the same
+    if evaluate and isinstance(wanted, Evaluate):
+        wanted.check(trust_remote_code)
     if keep not in KEEP:
         raise RequestError(f"keep={keep} is none of all, front and none.")
     if len(set(seeds)) != len(seeds):
@@ -160,16 +175,20 @@ class _Comparison:
         known = {
             told["run"]: told for row in before.get("rows", ()) for told in row["seeds"] if told["status"] != "failed"
         }
+        lacking = [told for told in known.values() if self._to_measure(told)]
         barrier()  # nobody writes before everybody has looked
         rank, world = processes()
-        if found == "finished" and len(known) == len(self.entries) * max(1, len(self.seeds)):
+        complete = len(known) == len(self.entries) * max(1, len(self.seeds))
+        if found == "finished" and complete and not lacking:
             if rank == 0:
                 self.state.abandon()  # what a kill at the very end left
+                self._keep_less(before)
+            barrier()
             return self._compared()
         if self.budget:  # what no recipe can meet is refused before anything is written
             self.budget.wanted(whole(self.source, self.entries[0].recipe, self.budget.measure))
         runs = self._runs()
-        self._begin(found, known)
+        self._begin(found, known, not complete)
         told = {run.key: self.state.read(run.key) for run in runs}
         barrier()  # everybody has read what is known before anybody adds to it
         pending = [run for run in runs if not _over(told[run.key])]
@@ -203,7 +222,8 @@ class _Comparison:
 
     def _identity(self) -> dict[str, Any]:
         evaluated = self.entries[0].recipe.evaluate
-        text = evaluated.text if isinstance(evaluated, Evaluate) else None
+        wanted = evaluated if isinstance(evaluated, Evaluate) else Evaluate()
+        text, facts = wanted.text, wanted.facts if self.evaluate else None
         return {
             "model": self.spec,
             "source": self.source.quick_print(),
@@ -212,6 +232,8 @@ class _Comparison:
             "budget": self.budget.told() if self.budget else None,
             "evaluate": self.evaluate and self.entries[0].recipe.plain()["evaluate"],
             "text": sha256(text) if text else None,
+            "task data": _task_data(wanted.tasks, self.trust_remote_code) if self.evaluate and wanted.tasks else None,
+            "facts": sha256(facts) if facts else None,
             "pairs": self.pairs,
             "dtype": self.dtype,
             "device": self.device,
@@ -239,16 +261,21 @@ class _Comparison:
                 runs.append(_Run(entry, key, seed, own, fitted, refusal))
         return runs
 
-    def _begin(self, found: str, known: Mapping[str, Mapping[str, Any]]) -> None:
-        """The first process takes the directory and does what all runs need alike; all learn of it if it cannot be done."""
+    def _begin(self, found: str, known: Mapping[str, Mapping[str, Any]], to_run: bool) -> None:
+        """The first process takes the directory and does what all runs need alike; all learn of it if it cannot be done.
+
+        to_run: whether there are runs left that need it.
+        """
         outcome: list[Any] = [None]
         if processes()[0] == 0:
             try:
                 with alone():
                     if found != "begun":
                         self.state.begin(known)
-                    source = open_model(self.spec, work=self.state.shared, trust_remote_code=self.trust_remote_code)
-                    scanned(source, self.state.shared, self.progress)
+                    if to_run:
+                        shared = self.state.shared
+                        source = open_model(self.spec, work=shared, trust_remote_code=self.trust_remote_code)
+                        scanned(source, shared, self.progress)
             except RequestError as error:
                 outcome[0] = error
                 if found == "fresh":
@@ -290,14 +317,14 @@ class _Comparison:
         }  # fmt: skip
 
     def _count(self, output: Path, receipt: Mapping[str, Any]) -> dict[str, Any]:
-        """What a result counts, by its own files and shapes."""
+        """What a result counts, by its own files and shapes; zeros by what the steps found in the matrices they left."""
         result = open_model(output, trust_remote_code=self.trust_remote_code)
-        matrices = [entry for said in receipt["decisions"] for entry in said.get("matrices", {}).values()]
+        zeros, _ = zeros_of(receipt["decisions"])
         return {
             "parameters": result.anatomy.parameters,
             "multiply_adds": multiply_adds(result.skeleton, tokens_counted(self.source)),
             "bytes": bytes_on_disk(output),
-            "zeros": sum(entry["removed"] for entry in matrices),
+            "zeros": zeros,
         }
 
     def _labelled(self, name: str) -> Progress:
@@ -305,7 +332,14 @@ class _Comparison:
         return lambda label, total: self.progress(f"{name}: {label}", total)
 
     def _to_measure(self, told: Mapping[str, Any] | None) -> bool:
-        return self.evaluate and told is not None and told["status"] == "done" and "card" not in told
+        """Whether a result is there that has no card and should: one that could not be measured is tried again."""
+        if not self.evaluate or self.entries[0].recipe.evaluate is False or told is None or told["status"] != "done":
+            return False
+        return told.get("card") is None and self._there(told["run"])
+
+    def _there(self, key: str) -> bool:
+        """Whether a result is on disk: an earlier command may have let it go."""
+        return (self.output / RUNS / key / "config.json").exists()
 
     def _dense(self) -> Opened | None:
         """The model that all are measured against, loaded when it is first asked for; None where both do not fit."""
@@ -325,24 +359,28 @@ class _Comparison:
         reference = self._dense() if wanted is not False else None
         card = measure(self.source, result, wanted, self.max_memory, self._labelled(run.key), reference, speed=False)
         skipped = card["skipped"] if card and "skipped" in card else None
-        self.state.write(run.key, told | {"card": None if skipped else card, "not_measured": skipped})
+        self.state.write(run.key, told | {"not_measured": skipped} | ({} if skipped else {"card": card}))
 
     def _time(self, key: str) -> None:
         """Puts the speed of a result into its card, measured in turns with the reference."""
         told = self.state.read(key)
         card = card_of(told or {})
-        there = (self.output / RUNS / key / "config.json").exists()  # an earlier command may have let it go
-        if told is None or card is None or card.speed is not None or not self.pairs or not there:
+        if told is None or card is None or card.speed is not None or not self.pairs or not self._there(key):
             return
         reference = self._dense()
         if reference is None:
+            both = human(2 * 4 * self.source.anatomy.parameters)
+            why = f"speed, for which two models in float32 take {both}, above --max-memory ({human(self.max_memory)})"
+            self.state.write(key, told | {"not_measured": why})
             return
         module, _ = load(self.output / RUNS / key, trust_remote_code=self.trust_remote_code)
-        timed = speed(module, reference.module, pairs=self.pairs, progress=self._labelled(key))
+        timed = speed(
+            module, reference.module, pairs=self.pairs, meter=Meter.find(), progress=self._labelled(key)
+        )  # fmt: skip
         card = with_speed(card, timed, module, reference.module)
         del module
         gc.collect()
-        self.state.write(key, told | {"card": card.to_dict()})
+        self.state.write(key, told | {"card": card.to_dict(), "not_measured": None})
 
     def _finish(self, runs: Sequence[_Run], begun: float) -> None:
         """Speeds, the table, and what stays on disk."""
@@ -354,14 +392,11 @@ class _Comparison:
         fronts = fronts_of(rows, quality)
         for row in rows:
             row["fronts"] = [figure for figure, front in fronts.items() if row["name"] in front["rows"]]
-        let_go = []
         for row in rows:
             for told in row["seeds"]:
                 if told.get("card"):
                     self._complete(self.output / RUNS / told["run"], told["card"])
-                if told["status"] == "done" and (self.keep == "none" or (self.keep == "front" and not row["fronts"])):
-                    let_go.append(told["run"])
-                    row["result"] = told["result"] = None
+        let_go = self._let_go(rows)
         first = self.entries[0].recipe
         summary = {
             "format": "secateur-compare/1",
@@ -385,6 +420,25 @@ class _Comparison:
         write_csv(self.output / "compare.csv", summary)
         self.state.finish(summary, let_go)
 
+    def _let_go(self, rows: Sequence[dict[str, Any]]) -> list[str]:
+        """The runs whose results do not stay, which their rows then say."""
+        let_go = []
+        for row in rows:
+            beaten = row["quality"] is not None and not row["fronts"]
+            if self.keep == "none" or (self.keep == "front" and beaten):
+                for told in row["seeds"]:
+                    if told["status"] == "done":
+                        let_go.append(told["run"])
+                        row["result"] = told["result"] = None
+        return let_go
+
+    def _keep_less(self, summary: dict[str, Any]) -> None:
+        """Lets results of a finished comparison go, where this call keeps fewer."""
+        let_go = self._let_go(summary["rows"])
+        if any(path.name != RECEIPT for run in let_go for path in (self.output / RUNS / run).glob("*")):
+            write_csv(self.output / "compare.csv", summary)
+            self.state.let_go(summary, let_go)
+
     def _rows(self, runs: Sequence[_Run]) -> tuple[list[dict[str, Any]], Any]:
         """The rows as far as they are known, and what their quality is told by."""
         told = {run.key: self.state.read(run.key) for run in runs}
@@ -404,6 +458,17 @@ class _Comparison:
             if (result / "README.md").exists():
                 write_text(result / "README.md", model_card(receipt))
             write_json(path, receipt)
+
+
+def _task_data(specs: Sequence[str], trust_remote_code: bool) -> dict[str, Any]:
+    """Hashes of what the definitions of tasks say, and of their data; lm-eval's own are known by its version."""
+    told: dict[str, Any] = {"lm-eval": version("lm-eval")}
+    for spec in specs:
+        asked = Asked.parse(spec)
+        if asked.file is not None:
+            _, source = read_definition(asked, trust_remote_code)
+            told[spec] = source.model_dump(mode="json")
+    return told
 
 
 def _over(told: Mapping[str, Any] | None) -> bool:

@@ -83,12 +83,16 @@ class State:
 
     def finish(self, summary: Mapping[str, Any], let_go: Iterable[str]) -> None:
         """Writes the table, lets the results of some runs go but for their receipts, and removes what was kept meanwhile."""
+        self.let_go(summary, let_go)
+        shutil.rmtree(self.folder)
+
+    def let_go(self, summary: Mapping[str, Any], runs: Iterable[str]) -> None:
+        """Writes the table, and removes all of these runs but their receipts."""
         write_json(self.output / TABLE, {**summary, "identity": self.identity})
-        for run in let_go:
+        for run in runs:
             for path in (self.output / RUNS / run).glob("*"):
                 if path.name != "secateur.json":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        shutil.rmtree(self.folder)
 
     def abandon(self) -> None:
         """Leaves things as they were before `begin` took an empty directory."""

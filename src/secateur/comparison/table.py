@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from rich.text import Text
 from secateur.comparison.summary import card_of, quality_of
 from secateur.evaluation.card import ResultCard
 from secateur.evaluation.speed import Pace
+from secateur.evaluation.task_table import score_sentences
 from secateur.files import human, write_text
 
 Row = Mapping[str, Any]
 _QUALITY = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "kl": "KL, nats"}
+_ABREAST = 6
+"""Scores beside each other in one table."""
 _FRONTS = {"parameters": "size", "bytes": "bytes", "prefill": "prefill", "decode": "decode"}
 CSV = (
     "name", "status", "error", "parameters", "multiply_adds", "bytes", "zeros", "budget_missed", "quality", "median",
@@ -42,7 +46,7 @@ def render(summary: Mapping[str, Any]) -> RenderableType:
     table.add_row(*map(Text, _reference(summary, cards[0] if cards else None)), end_section=True)
     for row in rows:
         table.add_row(*map(Text, _cells(summary, row)), style=None if row["status"] == "done" else "dim")
-    return Group(table, *(Text(line) for line in _sentences(summary, cards)))
+    return Group(table, *_score_tables(rows), *(Text(line) for line in _sentences(summary, cards)))
 
 
 def _reference(summary: Mapping[str, Any], card: ResultCard | None) -> list[str]:
@@ -81,6 +85,62 @@ def _cells(summary: Mapping[str, Any], row: Row) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class _Score:
+    """A figure that is measured where it was asked for. column: in CSV; label: for people."""
+
+    column: str
+    label: str
+    value: float
+    reference: float | None
+    error: float | None = None
+
+
+def _scores(card: ResultCard | None) -> list[_Score]:
+    """Tasks, LLM-KICK and divergent tokens, as far as they were measured."""
+    if card is None:
+        return []
+    found = [
+        _Score(f"task:{one.name}:{one.metric}", f"{one.name} {one.metric}", one.value, one.reference, one.stderr)
+        for one in card.tasks
+    ]
+    for score in card.kick.scores if card.kick else ():
+        of = f"kick:{score.task}"
+        found.append(_Score(of, of.replace(":", ": "), score.value, score.reference, score.stderr))
+    if card.divergent:
+        found.append(_Score("divergent_share", "divergent tokens", card.divergent.share, 0.0))
+        found.append(_Score("tokens_before_divergent", "tokens before the first, mean", card.divergent.mean, None))
+    return found
+
+
+def _columns(rows: list[Row]) -> dict[str, str]:
+    """Every score that some row has, by its column, with its label."""
+    return {score.column: score.label for row in rows for score in _scores(card_of(row))}
+
+
+def _score_tables(rows: list[Row]) -> list[RenderableType]:
+    """A line for each row that was asked, and as many tables as its scores need in width."""
+    told = {row["name"]: {score.column: score for score in found} for row in rows if (found := _scores(card_of(row)))}
+    columns, tables = list(_columns(rows).items()), list[RenderableType]()
+    for start in range(0, len(columns), _ABREAST):
+        shown = columns[start : start + _ABREAST]
+        table = Table(Column("scores", overflow="fold", min_width=12))
+        for _, label in shown:
+            table.add_column(Text(label), justify="right")
+        dense = {column: score.reference for scores in told.values() for column, score in scores.items()}
+        table.add_row("(not compressed)", *(_number(dense[column]) for column, _ in shown), end_section=True)
+        for name, scores in told.items():
+            table.add_row(Text(name), *(_score(scores.get(column)) for column, _ in shown))
+        tables.append(table)
+    return tables
+
+
+def _score(score: _Score | None) -> str:
+    if score is None:
+        return ""
+    return _number(score.value) + (f" ± {_number(score.error)}" if score.error is not None else "")
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return ""
@@ -107,6 +167,10 @@ def _sentences(summary: Mapping[str, Any], cards: list[ResultCard]) -> list[str]
         lines.append(f"Not measured: {sentence}")
     if cards and (found := cards[0].model.perplexity or cards[0].divergence):
         lines.append(f"Measured on: {found.protocol.sentence()}.")
+    if cards:
+        lines += score_sentences(cards[0])
+    if cards and cards[0].divergent:
+        lines.append(f"Divergent tokens: {cards[0].divergent.sentence()}.")
     timed = next((card.speed for card in cards if card.speed), None)
     if timed:
         lines.append(
@@ -142,9 +206,9 @@ def _of_budget(budget: Mapping[str, Any], rows: list[Row]) -> list[str]:
 
 
 def write_csv(path: Path, summary: Mapping[str, Any]) -> None:
-    """One line for each row; what was not measured is empty."""
+    """One line for each row; what was not measured is empty. Scores follow, a column for each that some row has."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, CSV, lineterminator="\n")
+    writer = csv.DictWriter(text, [*CSV, *_columns(summary["rows"])], lineterminator="\n")
     writer.writeheader()
     for row in summary["rows"]:
         card = card_of(row)
@@ -166,5 +230,6 @@ def write_csv(path: Path, summary: Mapping[str, Any]) -> None:
             for phase in ("prefill", "decode"):
                 pace = getattr(card.speed, phase, None)
                 line[f"{phase}_gain"] = pace.gain.median if pace and pace.gain else None
+            line |= {score.column: score.value for score in _scores(card)}
         writer.writerow(line)
     write_text(path, text.getvalue())

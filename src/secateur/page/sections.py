@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from secateur.explain import Explanation, explain
-from secateur.figures import at, number
+from secateur.figures import at, number, zeros_of
 from secateur.files import human
 from secateur.page.charts import Chart, Series, brief, lines
 from secateur.page.gather import Comparison, Run
@@ -208,10 +208,7 @@ def _tiles(receipt: Mapping[str, Any], card: Mapping[str, Any]) -> list[Tile]:
     elif (size := number(counted.get("parameters"))) is not None:
         tiles.append(Tile("parameters", brief(size)))
     told = Told(receipt)
-    zeros, of = 0, 0
-    for decision in receipt["decisions"]:
-        for entry in (decision.get("matrices") or {}).values():
-            zeros, of = zeros + entry["removed"], of + entry["of"]
+    zeros, of = zeros_of(receipt["decisions"])
     if of:
         tiles.append(Tile("weights that are zero", percent(zeros / of), f"{brief(zeros)} of {brief(of)}"))
     if (loss := told.loss) is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.calibration.samples import Samples
@@ -256,17 +256,17 @@ def test_a_killed_run_goes_on_from_its_last_step(
 
     def count(self: SilencedFlow, kept: Mapping[Where, Tensor]) -> Any:
         if measured["calls"] == measured["most"]:
-            raise outcome.Killed
+            raise outcomes.Killed
         measured["calls"] += 1
         return measure(self, kept)
 
     monkeypatch.setattr(SilencedFlow, "measure", count)
-    with pytest.raises(outcome.Killed):
+    with pytest.raises(outcomes.Killed):
         run(tmp_path / "killed")
     measured["most"] = 4
     run(tmp_path / "killed")
     assert measured["calls"] == 4, "no step is done twice"
-    assert outcome.promised(tmp_path / "whole") == outcome.promised(tmp_path / "killed")
+    assert outcomes.promised(tmp_path / "whole") == outcomes.promised(tmp_path / "killed")
 
 
 @pytest.mark.parametrize(

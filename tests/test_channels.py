@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 import command
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.cuts import Cuts
@@ -206,7 +206,7 @@ def test_a_dry_run_tells_the_parameters_that_are_left(
     told = dry_run(model(name), recipe=said, output=tmp_path / "out")
     secateur.compress(model(name), recipe=said, output=tmp_path / "out", evaluate=False, clean=clean)
     result = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert told["parameters_after"] == outcome.parameters(result)
+    assert told["parameters_after"] == outcomes.parameters(result)
     assert told["channels"] == {"kept": 32, "of": 64}
 
 

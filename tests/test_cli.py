@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import gguf_file
-import outcome
+import outcomes
 import tiny
 from command import compress, secateur, snapshot
 from secateur import forecast, registry, run
@@ -60,8 +60,8 @@ def test_the_numbers_of_a_dry_run_are_right(
     said = forecast.dry_run(model(name, **options), **given)
     run.compress(model(name, **options), evaluate=False, **given)
     result = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert said["parameters"] == outcome.parameters(tiny.make(name))
-    assert said["parameters_after"] == outcome.parameters(result)
+    assert said["parameters"] == outcomes.parameters(tiny.make(name))
+    assert said["parameters_after"] == outcomes.parameters(result)
     assert set(map(str, said["units"]["neurons"].values())) == {"{'kept': 96, 'of': 160}"}
     files = list((tmp_path / "out").glob("*.safetensors"))
     tensors = [tensor for file in files for tensor in load_file(file).values()]
@@ -296,7 +296,7 @@ def test_inspect(name: str, model: Make) -> None:
     said = json.loads(secateur("inspect", model(name), "--json").out)
     source = open_model(model(name))
     assert said["class"] == type(source.skeleton).__name__ and len(said["blocks"]) == tiny.BLOCKS
-    assert said["parameters"] == outcome.parameters(tiny.make(name))
+    assert said["parameters"] == outcomes.parameters(tiny.make(name))
     assert said["stored_bytes"] == {"float32": source.bytes}
     if name == "llama":
         inner = said["blocks"][1]["feed_forward"]

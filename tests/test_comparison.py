@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 import command
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.comparison import Budget, entries, render
@@ -309,8 +309,8 @@ def test_runs_are_those_of_compress_and_every_row_is_told(
         row, result = rows[name], tmp_path / "out" / "runs" / name.replace(" ", "-")
         plan = Recipe.parse({key: value for key, value in row["recipe"].items() if key != "evaluate"})
         real(model("llama"), recipe=plan, output=tmp_path / name, evaluate=False, clean=clean)
-        assert outcome.promised(result) == outcome.promised(tmp_path / name), name
-        assert row["achieved"]["parameters"] == outcome.parameters(_load(result))
+        assert outcomes.promised(result) == outcomes.promised(tmp_path / name), name
+        assert row["achieved"]["parameters"] == outcomes.parameters(_load(result))
         assert row["budget"]["within"] == (abs(row["achieved"]["parameters"] / (0.8 * dense) - 1) <= 0.01)
         assert row["budget"]["within"], row["budget"]
         receipt = json.loads((result / "secateur.json").read_text())
@@ -372,13 +372,13 @@ def test_what_is_finished_is_not_run_again(
         begun.append(given["output"].name)
         if begun == ["first", "second"]:
             with pytest.MonkeyPatch.context() as patch:
-                outcome.kill_at_rename(patch, 3)
+                outcomes.kill_at_rename(patch, 3)
                 return real(*arguments, **given)
         return real(*arguments, **given)
 
     monkeypatch.setattr(running, "compress", compress)
     options = {**quick, "pairs": 0, "evaluate": False}
-    with pytest.raises(outcome.Killed):
+    with pytest.raises(outcomes.Killed):
         secateur.compare(model("llama"), recipes, output=tmp_path / "out", **options)
     assert (tmp_path / "out" / ".secateur").is_dir() and not (tmp_path / "out" / "compare.json").exists()
     with pytest.raises(secateur.RequestError, match="another comparison, which differs in seeds"):
@@ -400,7 +400,7 @@ def test_killed_anywhere_the_same_call_goes_on(
     }
     options = {"keep": "front", "seeds": (1,), **quick}
     whole = secateur.compare(model("llama"), recipes, output=tmp_path / "whole", **options)
-    promised = {key: each for key, each in outcome.promised(tmp_path / "whole" / "runs").items() if not _said(key)}
+    promised = {key: each for key, each in outcomes.promised(tmp_path / "whole" / "runs").items() if not _said(key)}
     drawn: list[str] = []
     from secateur.calibration import samples
 
@@ -421,17 +421,17 @@ def test_killed_anywhere_the_same_call_goes_on(
     deaths = 0
     for at in [1, 5, 9, 10, 10, 6, 3, 2, 1, 1, 0, 500]:
         with pytest.MonkeyPatch.context() as patch:
-            outcome.kill_at_rename(patch, at)
+            outcomes.kill_at_rename(patch, at)
             try:
                 told = secateur.compare(model("llama"), recipes, output=tmp_path / "out", **options)
                 break
-            except outcome.Killed:
+            except outcomes.Killed:
                 deaths += 1
     assert deaths >= 6
     assert drawn == ["collected"], "the tokens of both that learn are the same"
     assert set(finished) == {"flap", "wanda"} and len(finished) <= 3, finished
     assert {
-        key: each for key, each in outcome.promised(tmp_path / "out" / "runs").items() if not _said(key)
+        key: each for key, each in outcomes.promised(tmp_path / "out" / "runs").items() if not _said(key)
     } == promised
     for row, other in zip(told.summary["rows"], whole.summary["rows"], strict=True):
         assert row["achieved"] == other["achieved"]
@@ -439,7 +439,7 @@ def test_killed_anywhere_the_same_call_goes_on(
 
 
 def _said(path: str) -> bool:
-    return Path(path).name in outcome.MEASURED
+    return Path(path).name in outcomes.MEASURED
 
 
 def test_what_was_asked_of_results_is_shown_and_measured_again_where_it_failed(
@@ -663,5 +663,5 @@ def test_two_processes_share_the_runs_out(model: Make, calibration: Path, quick:
         if first["card"]:
             assert first["card"]["divergence"] == second["card"]["divergence"]
             assert second["card"]["speed"]["pairs"] == 1
-    assert outcome.promised(tmp_path / "one" / "runs") == outcome.promised(tmp_path / "two" / "runs")
+    assert outcomes.promised(tmp_path / "one" / "runs") == outcomes.promised(tmp_path / "two" / "runs")
     assert not (tmp_path / "two" / ".secateur").exists()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.calibration import propagation
@@ -49,7 +49,7 @@ def alone(model: Make, clean: CleanProcess, tmp_path: Path) -> Callable[..., dic
     def run(method: str, parameters: dict[str, Any], **options: Any) -> dict[str, str]:
         output = tmp_path / f"alone-{method}-{len(list(tmp_path.iterdir()))}"
         secateur.compress(model("llama"), method, parameters, output=output, evaluate=False, clean=clean, **options)
-        return outcome.promised(output)
+        return outcomes.promised(output)
 
     return run
 
@@ -65,7 +65,7 @@ def test_two_processes_write_the_bytes_of_one(model: Make, alone: Callable, tmp_
     ended = torchrun(program)
     assert ended.returncode == 0, ended.stderr
     for method, parameters, output in runs:
-        assert outcome.promised(Path(output)) == alone(method, parameters, shard_bytes=1), (method, parameters)
+        assert outcomes.promised(Path(output)) == alone(method, parameters, shard_bytes=1), (method, parameters)
         assert not (Path(output) / ".secateur").exists()
 
 
@@ -75,7 +75,7 @@ def test_the_same_command_works_in_two_processes(model: Make, alone: Callable, t
     ended = torchrun("-m", "secateur", *command, tmp_path / "out")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("reload check: ") == 1, "one process speaks for all"
-    assert outcome.promised(tmp_path / "out") == alone("prunenet", {"episodes": 2})
+    assert outcomes.promised(tmp_path / "out") == alone("prunenet", {"episodes": 2})
 
 
 def test_a_wrong_request_is_told_once(model: Make, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_what_two_began_one_may_end(model: Make, alone: Callable, clean: CleanPr
     secateur.compress(
         model("llama"), "random_units", output=tmp_path / "out", evaluate=False, clean=clean, shard_bytes=1
     )
-    assert outcome.promised(tmp_path / "out") == alone("random_units", {}, shard_bytes=1)
+    assert outcomes.promised(tmp_path / "out") == alone("random_units", {}, shard_bytes=1)
 
 
 # Methods that learn from text: the tokens are shared out, so sums are added in another order than by one process.
@@ -162,7 +162,7 @@ def test_two_processes_calibrate_like_one(
         plan = secateur.Recipe.parse(recipe)
         secateur.compress(source, recipe=plan, output=alone, evaluate=False, clean=clean, shard_bytes=1)
         if plan.steps[0].method == "magnitude":
-            assert outcome.promised(Path(output)) == outcome.promised(alone)
+            assert outcomes.promised(Path(output)) == outcomes.promised(alone)
             continue
         assert masks_equal(Path(output), alone) >= 0.999, output
         there, here = (
@@ -193,14 +193,14 @@ def test_fewer_batches_than_processes(model: Make, calibrated: Callable, clean: 
         alone = tmp_path / f"alone-{Path(output).name}"
         plan = secateur.Recipe.parse(recipe)
         secateur.compress(source, recipe=plan, output=alone, evaluate=False, clean=clean, shard_bytes=1)
-        assert outcome.promised(Path(output)) == outcome.promised(alone)
+        assert outcomes.promised(Path(output)) == outcomes.promised(alone)
 
 
 def _begin_alone(source: Path, recipe: dict[str, Any], output: Path, at: int) -> None:
     plan = secateur.Recipe.parse(recipe)
     with pytest.MonkeyPatch.context() as patch:
-        outcome.kill_at_rename(patch, at)
-        with pytest.raises(outcome.Killed):
+        outcomes.kill_at_rename(patch, at)
+        with pytest.raises(outcomes.Killed):
             secateur.compress(source, recipe=plan, output=output, evaluate=False, shard_bytes=1)
 
 
@@ -210,12 +210,12 @@ def test_going_on_with_another_number_of_processes_is_refused(
     """The tokens would be shared out in another way than the hidden states that lie there."""
     recipe, output = calibrated("wanda"), tmp_path / "out"
     _begin_alone(model("llama"), recipe, output, at=17)
-    before = outcome.promised(output)
+    before = outcomes.promised(output)
     monkeypatch.setattr(propagation, "processes", lambda: (0, 2))
     plan = secateur.Recipe.parse(recipe)
     with pytest.raises(secateur.RequestError, match=r"another number of processes; .* --restart"):
         secateur.compress(model("llama"), recipe=plan, output=output, evaluate=False, shard_bytes=1)
-    assert outcome.promised(output) == before
+    assert outcomes.promised(output) == before
 
 
 @pytest.mark.every

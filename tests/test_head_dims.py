@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.checks import check_steps
@@ -142,7 +142,7 @@ def test_the_cut_network_is_the_whole_one_with_silent_dimensions(
     decided = receipt["decisions"][0]
     assert set(map(str, decided["units"]["head_dims"].values())) == {"{'kept': 5, 'of': 8}"}
     assert decided["budget"]["reached"]["parameters"] == {
-        "before": outcome.parameters(loaded(source)), "after": outcome.parameters(result)
+        "before": outcomes.parameters(loaded(source)), "after": outcomes.parameters(result)
     }  # fmt: skip
 
 
@@ -337,11 +337,11 @@ def test_beside_neurons_and_after_a_kill(
     assert kept.tolist() == norms.argsort(descending=True)[:128].sort().values.tolist()
     for renames in (9,):
         with monkeypatch.context() as patch:
-            outcome.kill_at_rename(patch, renames)
-            with pytest.raises(outcome.Killed):
+            outcomes.kill_at_rename(patch, renames)
+            with pytest.raises(outcomes.Killed):
                 run(tmp_path / str(renames))
         run(tmp_path / str(renames))
-        assert outcome.promised(tmp_path / "first") == outcome.promised(tmp_path / str(renames))
+        assert outcomes.promised(tmp_path / "first") == outcomes.promised(tmp_path / str(renames))
 
 
 @pytest.mark.parametrize("first", ["head_dims", pytest.param("heads", marks=pytest.mark.every)])
@@ -354,19 +354,19 @@ def test_heads_in_another_step(first: str, model: Make, tmp_path: Path, clean: C
     cut(model("qwen3"), tmp_path / "out", said, clean=clean)
     result = loaded(tmp_path / "out")
     assert (result.config.head_dim, result.config.num_attention_heads) == (KEPT, 2)
-    assert told["parameters_after"] == outcome.parameters(result)
+    assert told["parameters_after"] == outcomes.parameters(result)
     assert told["multiply_adds"]["after"] == secateur.evaluation.arithmetic.multiply_adds(result, 256)
 
 
 @pytest.mark.every
 def test_a_budget_in_parameters(model: Make, tmp_path: Path, clean: CleanProcess) -> None:
     source = model("llama")
-    whole = outcome.parameters(loaded(source))
+    whole = outcomes.parameters(loaded(source))
     said = recipe(of="parameters", ratio=0.05)
     cut(source, tmp_path / "out", said, clean=clean)
     result = loaded(tmp_path / "out")
     pair = tiny.BLOCKS * 2 * 12 * tiny.HIDDEN  # two dimensions of four heads that ask and read, two that answer twice
-    assert abs(outcome.parameters(result) - 0.95 * whole) <= pair / 2 and result.config.head_dim < SIZE
+    assert abs(outcomes.parameters(result) - 0.95 * whole) <= pair / 2 and result.config.head_dim < SIZE
 
 
 @pytest.mark.parametrize("method", [pytest.param("random_units", marks=pytest.mark.every), "wanda_units"])

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.files import write_json
@@ -155,7 +155,7 @@ def test_a_cut_model_computes_what_the_silenced_one_does(name: str, written: Cal
     directory, silent = written(name)
     expected = logits(silent)
     cut = load(directory)
-    assert outcome.parameters(cut) < outcome.parameters(silent)
+    assert outcomes.parameters(cut) < outcomes.parameters(silent)
     for there in (logits(cut), clean.logits(directory, IDS.tolist(), trust_remote_code=True)):
         torch.testing.assert_close(there, expected, atol=1e-4, rtol=1e-4)
     assert type(cut).__module__.endswith(FILE.removesuffix(".py"))

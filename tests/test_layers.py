@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, OPTConfig
 
 import command
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur import forecast
@@ -78,7 +78,7 @@ def loss(model: nn.Module, sequences: Sequence[Tensor] = IDS) -> float:
 
 
 def skipped(model: nn.Module, index: int) -> AbstractContextManager[nn.Module]:
-    return outcome.skipped(model, [open_model(model).anatomy.blocks[index].path])
+    return outcomes.skipped(model, [open_model(model).anatomy.blocks[index].path])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "mixtral"])
@@ -327,14 +327,14 @@ def test_a_kill_at_each_rename(
     for number in range(100):
         output = tmp_path / str(number)
         with monkeypatch.context() as patch:
-            outcome.kill_at_rename(patch, number)
+            outcomes.kill_at_rename(patch, number)
             try:
                 run(model("llama"), output, "layer_drop", given)
                 break
-            except outcome.Killed:
+            except outcomes.Killed:
                 pass
         receipt = run(model("llama"), output, "layer_drop", given).receipt
-        assert outcome.promised(output) == outcome.promised(tmp_path / "undisturbed"), f"rename {number}"
+        assert outcomes.promised(output) == outcomes.promised(tmp_path / "undisturbed"), f"rename {number}"
         assert receipt["decisions"] == undisturbed.receipt["decisions"]
         assert not (output / ".secateur").exists()
     assert 10 < number < 99
@@ -349,12 +349,12 @@ def test_finished_blocks_are_not_passed_again(
     def count(self: FlowPass, index: int) -> None:
         if index == 2 and 2 not in passed:
             passed.append(index)
-            raise outcome.Killed
+            raise outcomes.Killed
         passed.append(index)
         once(self, index)
 
     monkeypatch.setattr(FlowPass, "_block", count)
-    with pytest.raises(outcome.Killed):
+    with pytest.raises(outcomes.Killed):
         run(model("llama"), tmp_path / "out", "block_influence")
     run(model("llama"), tmp_path / "out", "block_influence")
     assert passed == [0, 1, 2, 2]
@@ -374,7 +374,7 @@ def test_two_processes_write_the_bytes_of_one(run: Callable, model: Make, ids: P
     assert ended.returncode == 0, ended.stderr
     for name, given in parameters.items():
         alone = run(model("llama"), tmp_path / "alone" / name, name, given).receipt
-        assert outcome.promised(tmp_path / name) == outcome.promised(tmp_path / "alone" / name)
+        assert outcomes.promised(tmp_path / name) == outcomes.promised(tmp_path / "alone" / name)
         told = json.loads((tmp_path / name / "secateur.json").read_text())
         assert told["decisions"] == alone["decisions"], "to the last bit of every score"
 
@@ -387,7 +387,7 @@ def test_other_steps_before_and_after(steps: list[str], model: Make, tmp_path: P
     secateur.compress(model("llama"), recipe=recipe, output=tmp_path / "out", evaluate=False, clean=clean)
     result = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert [layer.mlp.up_proj.out_features for layer in result.model.layers] == [128, 128]
-    assert said["parameters_after"] == outcome.parameters(result)
+    assert said["parameters_after"] == outcomes.parameters(result)
     assert said["bytes_written"] == sum(p.numel() * p.itemsize for p in result.parameters())
     assert said["blocks"] == {"kept": 2, "of": 3} and set(said["units"]["neurons"]) == {"0", "1"}
 

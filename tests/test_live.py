@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.network.source import open_model
@@ -72,7 +72,7 @@ def test_each_layer_has_its_ratio(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert (logits(result.model) - before).abs().max() > 1e-3, "and something was cut"
     assert torch.equal(logits(module), before)
     assert [p.data_ptr() for p in module.parameters()] == pointers
-    assert outcome.parameters(result.model) < outcome.parameters(module)
+    assert outcomes.parameters(result.model) < outcomes.parameters(module)
 
 
 def test_widths_that_no_config_can_say_are_not_written(model: Callable[..., Path], tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_a_live_module_is_written_like_its_directory(
     live, saved = (AutoModelForCausalLM.from_pretrained(tmp_path / each) for each in ("live", "saved"))
     for (key, one), (other_key, other) in zip(live.named_parameters(), saved.named_parameters(), strict=True):
         assert key == other_key and torch.equal(one, other)
-    before = outcome.promised(tmp_path / "live")
+    before = outcomes.promised(tmp_path / "live")
     secateur.compress(module, "random_units", output=tmp_path / "live", **options)
-    assert outcome.promised(tmp_path / "live") == before
+    assert outcomes.promised(tmp_path / "live") == before
     with torch.no_grad():
         next(module.parameters())[0, 0] += 1
     with pytest.raises(secateur.RequestError, match="source"):

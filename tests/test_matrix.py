@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.network.anatomy import Block
@@ -121,7 +121,7 @@ def _check_cut(source: Path, axes: list[str], dense: torch.nn.Module, result: to
     inside = {name for block in blocks if block.attention for name in _attention(block)}
     removed = {name: p.numel() - result.get_parameter(name).numel() for name, p in dense.named_parameters()}
     attention = sum(count for name, count in removed.items() if name in inside)
-    assert sum(removed.values()) == outcome.parameters(dense) - outcome.parameters(result)
+    assert sum(removed.values()) == outcomes.parameters(dense) - outcomes.parameters(result)
     if "heads" in axes:
         kv = blocks[0].attention.kv_heads
         whole = sum(dense.get_parameter(name).numel() for name in inside)
@@ -159,7 +159,7 @@ def _check_divided(output: Path, dense: torch.nn.Module, result: torch.nn.Module
     """What all blocks together lose is what they would lose if they were alike, but for the rounding of widths."""
     decided = json.loads((output / "secateur.json").read_text())["decisions"][0]
     reached = decided["budget"]["reached"]["parameters"]
-    assert reached == {"before": outcome.parameters(dense), "after": outcome.parameters(result)}
+    assert reached == {"before": outcomes.parameters(dense), "after": outcomes.parameters(result)}
     neurons = decided["units"].get("neurons", {}).values()
     assert all(unit["kept"] % 32 == 0 for unit in neurons)
     if set(decided["units"]) == {"neurons"}:
@@ -200,7 +200,7 @@ def _check_dropped(output: Path, source: Path, dense: torch.nn.Module, result: t
         )
         assert torch.equal(parameter, before[old]), f"{name} is {old} of the source"
     words = torch.tensor([prompt(tiny.VOCABULARY)])
-    with torch.no_grad(), outcome.skipped(dense, [paths[index] for index in removed]):
+    with torch.no_grad(), outcomes.skipped(dense, [paths[index] for index in removed]):
         torch.testing.assert_close(result(words).logits, dense(words).logits, atol=1e-4, rtol=1e-4)
 
 
@@ -213,7 +213,7 @@ def _check_renumbered(output: Path, dense: torch.nn.Module, result: torch.nn.Mod
     for name, parameter in after.items():
         assert torch.equal(parameter, before[name][old] if name in rows else before[name])
     fewer = (tiny.VOCABULARY - len(old)) * sum(p[0].numel() for name, p in before.items() if name in rows)
-    assert outcome.parameters(dense) - outcome.parameters(result) == fewer
+    assert outcomes.parameters(dense) - outcomes.parameters(result) == fewer
     words = torch.tensor([prompt(len(old))])
     with torch.no_grad():
         assert torch.allclose(result(words).logits, dense(old[words]).logits[..., old], atol=1e-6)
@@ -249,14 +249,14 @@ def test_every_method_on_every_architecture(
         secateur.compress(source, recipe=recipe, output=output, evaluate=False, shard_bytes=1, clean=clean)
 
     source, first, second, killed = model(name), tmp_path / "first", tmp_path / "second", tmp_path / "killed"
-    before = outcome.promised(source)
+    before = outcomes.promised(source)
 
     run(first)
     dense = AutoModelForCausalLM.from_pretrained(source)
     # where blocks differ, a file of ours says how; what the card says needs none must load without
     trust = {"trust_remote_code": True} if methods()[method].taxonomy["runtime"] == ("code",) else {}
     result = AutoModelForCausalLM.from_pretrained(first, **trust)
-    outcome.check_claim(methods()[method], dense, result)
+    outcomes.check_claim(methods()[method], dense, result)
     if _divides(method):
         _check_divided(first, dense, result)
     elif _drops(method):
@@ -288,16 +288,16 @@ def test_every_method_on_every_architecture(
         assert torch.equal(tokens, without), "and with a cache as without"
 
     run(second)
-    assert outcome.promised(first) == outcome.promised(second), "one seed, one result"
+    assert outcomes.promised(first) == outcomes.promised(second), "one seed, one result"
 
     with monkeypatch.context() as patch:
-        counter = outcome.kill_at_rename(patch, 4)
-        with pytest.raises(outcome.Killed):
+        counter = outcomes.kill_at_rename(patch, 4)
+        with pytest.raises(outcomes.Killed):
             run(killed)
     assert counter["renames"] == 5
     run(killed)
-    assert outcome.promised(first) == outcome.promised(killed), "a kill leaves no trace"
-    assert outcome.promised(source) == before, "the source is never written"
+    assert outcomes.promised(first) == outcomes.promised(killed), "a kill leaves no trace"
+    assert outcomes.promised(source) == before, "the source is never written"
     assert not (killed / ".secateur").exists()
     said = json.loads((first / "secateur.json").read_text())["recipe"]
     assert secateur.Recipe.parse(said).identity() == recipe.identity(), "the receipt holds the recipe"

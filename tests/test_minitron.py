@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.calibration.activations import ActivationPass, Activations, aggregated
@@ -206,16 +206,16 @@ def test_parameters_of_other_shapes_are_counted(name: str) -> None:
         widths = {"neurons": 96, "heads": 1, "channels": 48}
         config.update({"intermediate_size": 96, "hidden_size": 48, "head_dim": 16})
         config.update({"num_attention_heads": 2, "num_key_value_heads": 1})
-    assert whole.count(widths) == outcome.parameters(AutoModelForCausalLM.from_config(config))  # type: ignore[arg-type]
+    assert whole.count(widths) == outcomes.parameters(AutoModelForCausalLM.from_config(config))  # type: ignore[arg-type]
 
 
 def test_a_shape_within_the_budget_is_chosen(
     model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
 ) -> None:
-    dense = outcome.parameters(tiny.make("llama"))
+    dense = outcomes.parameters(tiny.make("llama"))
     said = recipe(ids, axis=["neurons", "channels"], target=0.7)
     result = secateur.compress(model("llama"), recipe=said, output=tmp_path / "out", evaluate=False, clean=clean)
-    found = outcome.parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    found = outcomes.parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert 0.95 * 0.7 * dense <= found <= 0.7 * dense
     shapes = result.receipt["decisions"][0]["notes"]["shapes"]
     assert found in [each["parameters"] for each in shapes["candidates"]] and len(shapes["candidates"]) > 1

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import command
-import outcome
+import outcomes
 from secateur import Recipe, RequestError
 
 TWO = {"steps": [{"random_units": {"ratio": 0.2}}, {"magnitude_units": {"ratio": 0.25}}]}
@@ -101,10 +101,10 @@ def test_a_receipt_repeats_its_run(model: Callable[..., Path], tmp_path: Path) -
     assert command.compress(source, one, *options, method=None).code == 0
     told = command.secateur("compress", "--recipe", one / "secateur.json", "--output", two, "--no-evaluate", "--quiet")
     assert told.code == 0, told.err
-    assert outcome.promised(one) == outcome.promised(two)
+    assert outcomes.promised(one) == outcomes.promised(two)
     assert json.loads((two / "secateur.json").read_text())["recipe"]["model"] == str(source)
     assert command.compress(source, tmp_path / "three", *options[:2], method=None).code == 0
-    assert outcome.promised(tmp_path / "three") != outcome.promised(one)
+    assert outcomes.promised(tmp_path / "three") != outcomes.promised(one)
 
 
 @pytest.mark.usefixtures("shared_clean")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import command
-import outcome
+import outcomes
 import secateur
 from secateur import registry
 from secateur.files import write_tensors
@@ -57,7 +57,7 @@ def undisturbed(run: Callable[..., secateur.Result], tmp_path_factory: pytest.Te
         if name not in made:
             output = tmp_path_factory.mktemp("undisturbed") / "out"
             run(output, **RUNS[name])
-            made[name] = outcome.promised(output)
+            made[name] = outcomes.promised(output)
         return made[name]
 
     return get
@@ -72,13 +72,13 @@ def test_a_kill_at_each_rename(
     expected, number, finished = undisturbed(name), 0, False
     while not finished:
         with monkeypatch.context() as patch:
-            outcome.kill_at_rename(patch, number)
+            outcomes.kill_at_rename(patch, number)
             try:
                 run(tmp_path / str(number), **RUNS[name])
                 finished = True
-            except outcome.Killed:
+            except outcomes.Killed:
                 run(tmp_path / str(number), **RUNS[name])
-        assert outcome.promised(tmp_path / str(number)) == expected, f"after a kill at rename {number}"
+        assert outcomes.promised(tmp_path / str(number)) == expected, f"after a kill at rename {number}"
         assert not (tmp_path / str(number) / ".secateur").exists()
         assert not list((tmp_path / str(number)).rglob("*.partial"))
         shutil.rmtree(tmp_path / str(number))
@@ -92,15 +92,15 @@ def test_a_run_killed_at_every_rename_in_turn(
     """Each attempt gets a few files further (the small ones at the end are one piece of work); it must arrive."""
     for _attempt in range(9):
         with monkeypatch.context() as patch:
-            outcome.kill_at_rename(patch, 12)
+            outcomes.kill_at_rename(patch, 12)
             try:
                 run(tmp_path / "out", **RUNS["prunenet"])
                 break
-            except outcome.Killed:
+            except outcomes.Killed:
                 continue
     else:
         pytest.fail("the run never arrives: something finished is done again and again")
-    assert outcome.promised(tmp_path / "out") == undisturbed("prunenet")
+    assert outcomes.promised(tmp_path / "out") == undisturbed("prunenet")
 
 
 # SIGKILL in a process of its own. Where it strikes: the function that is replaced by the end of everything.
@@ -140,15 +140,15 @@ def test_sigkill(where: str, run: Callable, model: Make, tmp_path: Path, undistu
     assert not (tmp_path / "out" / "secateur.json").exists()
 
     run(tmp_path / "out", source, **RUNS[name])
-    expected = outcome.promised(tmp_path / "straight") if where == "converting" else undisturbed(name)
-    assert outcome.promised(tmp_path / "out") == expected
+    expected = outcomes.promised(tmp_path / "straight") if where == "converting" else undisturbed(name)
+    assert outcomes.promised(tmp_path / "out") == expected
 
 
 def _begin(run: Callable, output: Path, monkeypatch: pytest.MonkeyPatch, at: int = 7, **options: Any) -> None:
     """Leaves a run that was killed half way."""
     with monkeypatch.context() as patch:
-        outcome.kill_at_rename(patch, at)
-        with pytest.raises(outcome.Killed):
+        outcomes.kill_at_rename(patch, at)
+        with pytest.raises(outcomes.Killed):
             run(output, **options)
     assert list(output.glob("*.safetensors")) or at < 5
 
@@ -162,7 +162,7 @@ def test_a_journal_line_cut_short(
     assert content.count(b"\n") > 1
     journal.write_bytes(content[:-25])
     run(tmp_path / "out")
-    assert outcome.promised(tmp_path / "out") == undisturbed("random_units")
+    assert outcomes.promised(tmp_path / "out") == undisturbed("random_units")
 
 
 def test_a_shard_that_is_gone_is_written_again(
@@ -171,7 +171,7 @@ def test_a_shard_that_is_gone_is_written_again(
     _begin(run, tmp_path / "out", monkeypatch)
     next((tmp_path / "out").glob("*.safetensors")).unlink()
     run(tmp_path / "out")
-    assert outcome.promised(tmp_path / "out") == undisturbed("random_units")
+    assert outcomes.promised(tmp_path / "out") == undisturbed("random_units")
 
 
 def _full_of_python(self: Path, target: Path) -> Path:
@@ -207,7 +207,7 @@ def test_a_full_disk(
     assert failure.value.exit_code == 1
     assert (output / ".secateur" / "run.json").exists(), "what was done is kept"
     run(output)
-    assert outcome.promised(output) == undisturbed("random_units")
+    assert outcomes.promised(output) == undisturbed("random_units")
 
 
 def _fsync_fails_on(part: str) -> Callable[[int], None]:
@@ -307,7 +307,7 @@ def test_another_run_in_the_same_directory(
         torch.set_num_threads(threads)
     assert command.snapshot(tmp_path) == before
     run(output, restart=True)
-    assert outcome.promised(output) == undisturbed("random_units")
+    assert outcomes.promised(output) == undisturbed("random_units")
 
 
 def test_restart_starts_over(
@@ -317,11 +317,11 @@ def test_restart_starts_over(
     output = tmp_path / "out"
     run(output, **RUNS["prunenet"])
     with monkeypatch.context() as patch:
-        outcome.kill_at_rename(patch, 3)
-        with pytest.raises(outcome.Killed):
+        outcomes.kill_at_rename(patch, 3)
+        with pytest.raises(outcomes.Killed):
             run(output, restart=True)
     run(output)
-    assert outcome.promised(output) == undisturbed("random_units")
+    assert outcomes.promised(output) == undisturbed("random_units")
 
 
 def test_a_restart_whose_request_is_wrong_gives_back_what_was_there(
@@ -330,13 +330,13 @@ def test_a_restart_whose_request_is_wrong_gives_back_what_was_there(
     output = tmp_path / "out"
     run(output)
     (output / "notes.txt").write_text("mine")
-    before = outcome.promised(output), (output / "secateur.json").read_text()
+    before = outcomes.promised(output), (output / "secateur.json").read_text()
     write_tensors(
         tmp_path / "policy.safetensors", {"v": torch.ones(7), "c": torch.zeros(()), "standardised": torch.ones(())}
     )
     with pytest.raises(secateur.RequestError, match="hidden size"):
         run(output, method="prunenet", parameters={"policy": tmp_path / "policy.safetensors"}, restart=True)
-    assert (outcome.promised(output), (output / "secateur.json").read_text()) == before
+    assert (outcomes.promised(output), (output / "secateur.json").read_text()) == before
     assert not (output / ".secateur").exists()
 
     run(output, restart=True, seed=5)
@@ -369,11 +369,11 @@ def test_a_kill_in_the_second_step(run: Callable, tmp_path: Path, monkeypatch: p
 
         def replace(self: Path, target: Path) -> Path:
             if target == tmp_path / "out" / "model-00002-of-00004.safetensors":
-                raise outcome.Killed
+                raise outcomes.Killed
             return rename(self, target)
 
         patch.setattr(Path, "replace", replace)
-        with pytest.raises(outcome.Killed):
+        with pytest.raises(outcomes.Killed):
             run(tmp_path / "out", recipe=recipe)
     first = tmp_path / "out" / ".secateur" / "model-0"
     assert (first / "config.json").exists(), "the first step is done"
@@ -389,4 +389,4 @@ def test_a_kill_in_the_second_step(run: Callable, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(secateur.workspace.Workspace, "finish", look)
     run(tmp_path / "out", recipe=recipe)
     assert seen["model-00001-of-00004.safetensors"] == before, "and not done again"
-    assert outcome.promised(tmp_path / "out") == outcome.promised(tmp_path / "straight")
+    assert outcomes.promised(tmp_path / "out") == outcomes.promised(tmp_path / "straight")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.calibration.samples import Samples
@@ -139,7 +139,7 @@ def test_head_and_embedding_of_a_tied_model_become_two(
     assert result.dtype == torch.bfloat16 and result.config.tie_word_embeddings is False
     assert not torch.equal(result.lm_head.weight, result.model.embed_tokens.weight)
     assert result.lm_head.weight.shape == result.model.embed_tokens.weight.shape == (tiny.VOCABULARY, 48)
-    assert told["parameters_after"] == outcome.parameters(result)
+    assert told["parameters_after"] == outcomes.parameters(result)
 
 
 def test_scales_of_norms_are_one_constant(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gguf_file
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.network import source as source_module
@@ -91,7 +91,7 @@ def test_reading_gives_what_torch_stores(model: Make, shard_size: str | None) ->
 
 def test_shards_do_not_show_in_the_result(model: Make, cut: Callable) -> None:
     one, many = cut(model("llama"), "one"), cut(model("llama", shard_size="300KB"), "many")
-    assert outcome.promised(one) == outcome.promised(many)
+    assert outcomes.promised(one) == outcomes.promised(many)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -118,13 +118,13 @@ def test_a_bin_file(model: Make, cut: Callable, tmp_path: Path, dtype: torch.dty
     shutil.copytree(straight, old, ignore=shutil.ignore_patterns("*.safetensors"))
     (old / "LICENSE").write_text("as it came")
     torch.save(tiny.make("llama").to(dtype).state_dict(), old / "pytorch_model.bin")
-    before = outcome.promised(old)
+    before = outcomes.promised(old)
     result = cut(old)
-    expected = outcome.promised(cut(straight, "straight"))
-    found = outcome.promised(result)
+    expected = outcomes.promised(cut(straight, "straight"))
+    found = outcomes.promised(result)
     assert found.pop("LICENSE")
     assert found == expected
-    assert outcome.promised(old) == before
+    assert outcomes.promised(old) == before
 
 
 def test_a_checkpoint_of_the_bare_model(model: Make, cut: Callable, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_model_inside_a_package(model: Make, cut: Callable, tmp_path: Path, mo
     (package / "__init__.py").write_text("raise RuntimeError('a package is looked into, not imported')")
     monkeypatch.syspath_prepend(tmp_path)
     result = cut("package:secateur_test_shipped")
-    assert outcome.promised(result) == outcome.promised(cut(model("llama"), "straight"))
+    assert outcomes.promised(result) == outcomes.promised(cut(model("llama"), "straight"))
     assert json.loads((result / "secateur.json").read_text())["source"]["base_model"] == "package:secateur_test_shipped"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.network.modelling_file import is_ours
@@ -165,8 +165,8 @@ def test_a_kill_leaves_no_trace(
         )
 
     with monkeypatch.context() as patch:
-        outcome.kill_at_rename(patch, 4)
-        with pytest.raises(outcome.Killed):
+        outcomes.kill_at_rename(patch, 4)
+        with pytest.raises(outcomes.Killed):
             run()
     run()
-    assert outcome.promised(tmp_path / "out") == outcome.promised(uneven(name))
+    assert outcomes.promised(tmp_path / "out") == outcomes.promised(uneven(name))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import command
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur import registry
@@ -234,18 +234,18 @@ def test_criterion_refit_and_allocation_in_one_step(
     told = receipt["decisions"][0]
     result = AutoModelForCausalLM.from_pretrained(tmp_path / "first", trust_remote_code=True)
     assert told["budget"]["asked"] == {"target": 145_000, "of": "parameters"}
-    found = outcome.parameters(result)
+    found = outcomes.parameters(result)
     assert told["budget"]["reached"]["parameters"]["after"] == found
     assert abs(found - 145_000) <= 192 * 4 + 96, "half a multiple in one block, not in each"
     widths = {unit["kept"] for unit in told["units"]["neurons"].values()}
     assert len(widths) > 1 and all(width % 8 == 0 for width in widths)
     assert "code" in receipt and told["notes"]["calibration"]["sequences"] == 6
     with monkeypatch.context() as patch:
-        outcome.kill_at_rename(patch, 6)
-        with pytest.raises(outcome.Killed):
+        outcomes.kill_at_rename(patch, 6)
+        with pytest.raises(outcomes.Killed):
             run(tmp_path / "killed")
     run(tmp_path / "killed")
-    assert outcome.promised(tmp_path / "first") == outcome.promised(tmp_path / "killed")
+    assert outcomes.promised(tmp_path / "first") == outcomes.promised(tmp_path / "killed")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import command
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.checks import check_steps
@@ -74,7 +74,7 @@ def test_what_is_reached_is_what_is_written(of: str, name: str, model: Make, tmp
     told = said["reached"]
     tokens = told["multiply_adds"]["tokens"]
     for when, found in (("before", dense), ("after", result)):
-        assert told["parameters"][when] == outcome.parameters(found)
+        assert told["parameters"][when] == outcomes.parameters(found)
         assert told["multiply_adds"][when] == multiply_adds(found, tokens)
     # one neuron more or less in every block is all that can be missing
     one = sum(unit_cost(open_model(model(name)), b, "neurons", of) for b in range(tiny.BLOCKS))  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_heads_count_with_their_attention(name: str, model: Make, tmp_path: Path
     said = compressed(model(name), tmp_path / "out", **given)["budget"]["reached"]
     result = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert said["multiply_adds"]["after"] == multiply_adds(result, said["multiply_adds"]["tokens"])
-    assert said["parameters"]["after"] == outcome.parameters(result)
+    assert said["parameters"]["after"] == outcomes.parameters(result)
     assert said["multiply_adds"]["after"] == pytest.approx(0.75 * said["multiply_adds"]["before"], rel=0.01)
 
 
@@ -224,7 +224,7 @@ def test_a_later_step_counts_what_earlier_ones_leave(model: Make, tmp_path: Path
     ids.write_text(json.dumps(torch.randint(3, 320, (4, 16), generator=torch.Generator().manual_seed(0)).tolist()))
     recipe = Recipe.parse({"steps": steps, "calibration": {"data": str(ids), "length": 16, "samples": 4}})
     result = secateur.compress(model("llama"), recipe=recipe, output=tmp_path / "out", evaluate=False)
-    found = outcome.parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    found = outcomes.parameters(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert abs(found - 120_000) <= 192
     told = result.receipt["decisions"][1]["budget"]
     assert told["asked"] == {"target": 120_000, "of": "parameters"} and told["reached"]["parameters"]["after"] == found
@@ -248,5 +248,5 @@ def test_a_live_module_is_told_what_it_has_become() -> None:
     result = secateur.compress(live, "magnitude_units", {"target": 150_000, "multiple_of": 1})
     assert result.model is not None
     told = result.receipt["decisions"][0]["budget"]
-    assert told["reached"]["parameters"]["after"] == outcome.parameters(result.model)
-    assert told["reached"]["parameters"]["before"] == LLAMA == outcome.parameters(live)
+    assert told["reached"]["parameters"]["after"] == outcomes.parameters(result.model)
+    assert told["reached"]["parameters"]["before"] == LLAMA == outcomes.parameters(live)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import command
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur import forecast
@@ -135,7 +135,7 @@ def test_kept_tokens_compute_the_same(name: str, model: Make, run: Callable, tmp
         torch.testing.assert_close(cut(ids).logits, dense(old[ids]).logits[..., old], atol=1e-6, rtol=1e-6)
     tied = name in ("llama_tied", "opt")
     row = tiny.HIDDEN * (1 if tied else 2) + (name == "gptj")  # its head has a bias
-    assert outcome.parameters(dense) - outcome.parameters(cut) == (tiny.VOCABULARY - len(old)) * row
+    assert outcomes.parameters(dense) - outcomes.parameters(cut) == (tiny.VOCABULARY - len(old)) * row
     assert not torch.equal(old, torch.arange(len(old))), "and ids did change"
 
 
@@ -457,14 +457,14 @@ def test_a_kill_at_each_rename(model: Make, run: Callable, tmp_path: Path, monke
     for number in range(100):
         output = tmp_path / str(number)
         with monkeypatch.context() as patch:
-            outcome.kill_at_rename(patch, number)
+            outcomes.kill_at_rename(patch, number)
             try:
                 run(model("llama"), output, shard_bytes=1)
                 break
-            except outcome.Killed:
+            except outcomes.Killed:
                 pass
         receipt = run(model("llama"), output, shard_bytes=1).receipt
-        assert outcome.promised(output) == outcome.promised(tmp_path / "undisturbed"), f"rename {number}"
+        assert outcomes.promised(output) == outcomes.promised(tmp_path / "undisturbed"), f"rename {number}"
         assert receipt["decisions"] == undisturbed.receipt["decisions"]
     assert 10 < number < 99
 
@@ -479,7 +479,7 @@ def test_steps_before_and_after(model: Make, text: Path, tmp_path: Path, clean: 
     cut, words = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
     assert cut.config.vocab_size == len(words) == said["vocabulary"]["kept"]
     assert len(cut.model.layers) == 2 and cut.model.layers[0].mlp.up_proj.out_features == 128
-    assert said["parameters_after"] == outcome.parameters(cut)
+    assert said["parameters_after"] == outcomes.parameters(cut)
     assert not (tmp_path / "out" / "secateur" / "vocabulary.safetensors").exists()
     assert (tmp_path / "out" / "secateur" / "step-0" / "vocabulary.safetensors").exists()
     # the windows that were drawn are those of the new ids

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import command
-import outcome
+import outcomes
 import secateur
 import tiny
 from secateur.calibration import propagation, statistics
@@ -75,7 +75,7 @@ def undisturbed(run: Callable, tmp_path_factory: pytest.TempPathFactory) -> Call
         if name not in made:
             output = tmp_path_factory.mktemp("undisturbed") / "out"
             run(output, name)
-            made[name] = outcome.promised(output)
+            made[name] = outcomes.promised(output)
         return made[name]
 
     return get
@@ -86,14 +86,14 @@ def _die_at_rename(
 ) -> bool:
     """Kills a run at that rename and lets the next one finish; says whether there was such a rename."""
     with monkeypatch.context() as patch:
-        outcome.kill_at_rename(patch, number)
+        outcomes.kill_at_rename(patch, number)
         try:
             run(output, name)
             struck = False
-        except outcome.Killed:
+        except outcomes.Killed:
             run(output, name)
             struck = True
-    assert outcome.promised(output) == expected, f"after a kill at rename {number}"
+    assert outcomes.promised(output) == expected, f"after a kill at rename {number}"
     assert not (output / ".secateur").exists() and not list(output.rglob("*.partial"))
     shutil.rmtree(output)
     return struck
@@ -128,13 +128,13 @@ def test_blocks_that_are_done_are_not_done_again(
     def look(self: propagation.Propagation, block: int) -> Any:
         passed.append(block)
         if block == tiny.BLOCKS - 1 and not going_on:
-            raise outcome.Killed
+            raise outcomes.Killed
         return module(self, block)
 
     going_on = False
     with monkeypatch.context() as patch:
         patch.setattr(propagation.Propagation, "module", look)
-        with pytest.raises(outcome.Killed):
+        with pytest.raises(outcomes.Killed):
             run(tmp_path / "out", name)
         assert set(passed) == set(range(tiny.BLOCKS))
         files = {path.name for path in (tmp_path / "out" / ".secateur").rglob("*.states")}
@@ -143,7 +143,7 @@ def test_blocks_that_are_done_are_not_done_again(
         going_on = True
         run(tmp_path / "out", name)
     assert set(passed) == {tiny.BLOCKS - 1}
-    assert outcome.promised(tmp_path / "out") == undisturbed(name)
+    assert outcomes.promised(tmp_path / "out") == undisturbed(name)
 
 
 # SIGKILL in a process of its own. Where it strikes: what is replaced by the end of everything at its n-th call.
@@ -181,7 +181,7 @@ secateur.compress({str(model("llama"))!r}, recipe=recipe, output={str(tmp_path /
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     assert not (tmp_path / "out" / "secateur.json").exists()
     run(tmp_path / "out")
-    assert outcome.promised(tmp_path / "out") == undisturbed()
+    assert outcomes.promised(tmp_path / "out") == undisturbed()
 
 
 def _no_space(*_: Any) -> None:
@@ -201,7 +201,7 @@ def test_a_disk_that_is_full_of_hidden_states(
     assert failure.value.exit_code == 1
     assert not list((tmp_path / "out").rglob("*.partial")), "it takes no space that others could use"
     run(tmp_path / "out")
-    assert outcome.promised(tmp_path / "out") == undisturbed()
+    assert outcomes.promised(tmp_path / "out") == undisturbed()
 
 
 def test_what_failed_on_the_way_is_gone_on_with(
@@ -218,13 +218,13 @@ def test_what_failed_on_the_way_is_gone_on_with(
         with pytest.raises(secateur.RunError, match=r"inputs of model\.layers\.1\..* not finite"):
             run(tmp_path / "out")
     run(tmp_path / "out")
-    assert outcome.promised(tmp_path / "out") == undisturbed()
+    assert outcomes.promised(tmp_path / "out") == undisturbed()
 
 
 def _begin(run: Callable, output: Path, monkeypatch: pytest.MonkeyPatch, at: int = 9, **options: Any) -> None:
     with monkeypatch.context() as patch:
-        outcome.kill_at_rename(patch, at)
-        with pytest.raises(outcome.Killed):
+        outcomes.kill_at_rename(patch, at)
+        with pytest.raises(outcomes.Killed):
             run(output, **options)
 
 
@@ -285,14 +285,14 @@ def test_what_was_removed_meanwhile_is_told(
     output, finish = tmp_path / "out", secateur.stage.Stage._finish
 
     def die(*_: Any) -> None:
-        raise outcome.Killed
+        raise outcomes.Killed
 
     monkeypatch.setattr(secateur.stage.Stage, "_finish", die)
-    with pytest.raises(outcome.Killed):
+    with pytest.raises(outcomes.Killed):
         run(output)
     (output / "model-00002-of-00004.safetensors").unlink()
     monkeypatch.setattr(secateur.stage.Stage, "_finish", finish)
     with pytest.raises(secateur.RunError, match=r"model-00002-of-00004\.safetensors .* was removed meanwhile"):
         run(output)
     run(output, restart=True)
-    assert outcome.promised(output) == undisturbed()
+    assert outcomes.promised(output) == undisturbed()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import gguf_file
-import outcome
+import outcomes
 import secateur
 import tiny
 import watched
@@ -177,13 +177,13 @@ def test_held_out_tokens_change_no_weight(method: str, model: Make, recipe: Call
         run(model("llama"), recipe(method, [*same, *held_out], held_out=4), f"out-{number}")
         for number, held_out in enumerate(others)
     ]
-    assert outcome.promised(outputs[0]) == outcome.promised(outputs[1])
+    assert outcomes.promised(outputs[0]) == outcomes.promised(outputs[1])
     one, other = map(entries, outputs)
     for name in one:
         assert one[name]["calibration_error"] == other[name]["calibration_error"]
         assert one[name]["held_out_error"] != other[name]["held_out_error"]
     none = run(model("llama"), recipe(method, same, held_out=0), "none")
-    assert outcome.promised(none) == outcome.promised(outputs[0])
+    assert outcomes.promised(none) == outcomes.promised(outputs[0])
     assert all("held_out_error" not in entry for entry in entries(none).values())
 
 
@@ -356,11 +356,11 @@ def test_activations_that_are_not_finite_name_the_layer(
     name: str, told: str, inputs: str, model: Make, recipe: Callable, run: Callable, tmp_path: Path
 ) -> None:
     source = changed(model, tmp_path, name, 3e38)
-    before = outcome.promised(source)
+    before = outcomes.promised(source)
     with pytest.raises(secateur.RunError, match="block 1" if inputs == "dense" else told):
         run(source, recipe("sparsegpt", inputs=inputs))
     assert not (tmp_path / "out" / "secateur.json").exists() and (tmp_path / "out" / ".secateur").exists()
-    assert outcome.promised(source) == before
+    assert outcomes.promised(source) == before
 
 
 def test_a_network_that_diverges_where_no_matrix_looks(

@@ -30,13 +30,14 @@ def check_claim(method: Method, dense: nn.Module, result: nn.Module) -> None:
         {name: part.numel() for name, part in model.named_parameters(remove_duplicate=False) if part.ndim >= 2}
         for model in (dense, result)
     )
-    smaller = [name for name, count in before.items() if after.get(name, 0) < count]
-    larger = [name for name, count in after.items() if before.get(name, 0) < count]
-    assert not larger, f"{method.name} makes {larger[0]} larger"
+    if before.keys() == after.keys():  # with fewer blocks, a name may be that of another block
+        larger = [name for name, count in after.items() if before[name] < count]
+        assert not larger, f"{method.name} makes {larger[0]} larger"
     if method.speedup == "universal":
-        assert smaller, f"{method.name} claims a universal speedup, but every dense matrix is as large as before"
+        lighter = sum(after.values()) < sum(before.values())
+        assert lighter, f"{method.name} claims a universal speedup, but the dense matrices are as large as before"
     else:
-        assert not smaller, f"{method.name} claims no universal speedup, but {smaller[0]} is smaller"
+        assert after == before, f"{method.name} claims no universal speedup, but dense matrices have other shapes"
 
 
 @contextmanager

@@ -6,7 +6,7 @@
 
 Float32; a seed draws the calibration windows. Perplexity on the first windows of 1024 tokens. Errors: what a matrix's output
 changes by, squared, relative to it, the mean over all matrices, on rows of the calibration tokens and of held-out ones, in
-the pruned network's own inputs. With --allocations: Wanda with the same number of weights divided in four ways,
+the pruned network's own inputs. With --allocations: Wanda with the same number of weights divided in several ways,
 AlphaPruning's the other way round among them, which should be worst if its reasons hold.
 """
 
@@ -34,7 +34,9 @@ from secateur.registry import method as register
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("magnitude", {}),
     "Wanda": ("wanda", {}),
+    "Pruner-Zero": ("pruner_zero", {}),
     "DSnoT on Wanda's mask": ("dsnot", {"mask": "wanda"}),
+    "DSnoT on SparseGPT's mask": ("dsnot", {"mask": "sparsegpt"}),
     "SparseGPT": ("sparsegpt", {}),
     "ADMM": ("admm", {}),
     "APT": ("apt", {}),
@@ -45,6 +47,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ALLOCATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "Wanda, uniform": ("wanda", {}),
+    "Wanda, ERK": ("wanda", {"allocation": "erk"}),
+    "Wanda, PQ index": ("wanda", {"allocation": "pq_index"}),
     "Wanda, AlphaPruning": ("wanda", {"allocation": {"alphapruning": {"epsilon": 0.2}}}),
     "Wanda, divergent tokens": ("wanda", {"allocation": "divergent_tokens"}),
     "Wanda, AlphaPruning reversed": ("wanda", {"allocation": {"alphapruning_reversed": {"epsilon": 0.2}}}),

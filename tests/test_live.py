@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import gguf_file
 import outcomes
 import secateur
 import tiny
-from secateur.network.source import open_model
+from secateur.network.source import load, open_model
 from secateur.network.verify import CleanProcess
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 77, 150, 2]])
@@ -194,3 +195,29 @@ def test_a_module_that_is_cut_and_then_pruned(learned: Callable) -> None:
 def test_a_module_has_no_tokenizer_to_write_text_with() -> None:
     with pytest.raises(secateur.RequestError, match=r"no tokenizer, .* JSON file of token ids"):
         secateur.compress(tiny.make("llama"), "wanda")
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"pruner_zero": {"pattern": 0.5}},
+        {"llm_pruner": {"ratio": 0.2, "multiple_of": 1}},
+        {"adapt_pruner": {"overall": 0.2, "steps": 2, "multiple_of": 1}},
+    ],
+    ids=lambda step: next(iter(step)),
+)
+def test_what_transformers_read_from_a_gguf_file(step: dict[str, Any], tmp_path: Path) -> None:
+    """Such a model calls itself quantized and refuses `.float()`, although its weights are ordinary."""
+    gguf_file.write(tmp_path / "small.gguf")
+    module, _ = load(tmp_path / "small.gguf")
+    assert module.is_quantized
+    ids = torch.randint(3, 256, (9, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    calibration = {"data": str(tmp_path / "ids.json"), "samples": 8, "length": 32}
+    recipe = secateur.Recipe.parse({"steps": [step], "calibration": calibration})
+    live = secateur.compress(module, recipe=recipe).model
+    secateur.compress(tmp_path / "small.gguf", recipe=recipe, output=tmp_path / "out", evaluate=False, dtype="float32")
+    trust = {"trust_remote_code": True} if "adapt_pruner" in step else {}
+    assert torch.allclose(
+        logits(live), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out", **trust)), atol=1e-4
+    )

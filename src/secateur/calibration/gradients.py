@@ -1,12 +1,11 @@
 """How much the loss reacts to each weight, on calibration tokens: the one statistic that needs the whole model in memory."""
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from secateur.calibration.samples import Samples
@@ -16,7 +15,7 @@ from secateur.errors import RunError
 from secateur.files import read_json, read_tensors, write_json, write_tensors, write_text
 from secateur.network.matrices import MatrixRef, view
 from secateur.network.modelling_file import BLOCK, part_parameters
-from secateur.network.source import Source, load
+from secateur.network.source import Source, dense_model
 
 
 @dataclass(frozen=True)
@@ -77,14 +76,6 @@ def learn_gradients(
         write_text(folder / "samples", str(len(samples.sequences)))
         write_text(marker, "")
     barrier()
-
-
-def dense_model(source: Source, device: str) -> nn.Module:
-    """The dense model in float32, a copy of a live one."""
-    model = deepcopy(source.live) if source.live is not None else None
-    if model is None:
-        model = load(source.spec, device=device, trust_remote_code=source.trust_remote_code)[0]
-    return model.float().to(device).eval()
 
 
 def learn_block_gradients(

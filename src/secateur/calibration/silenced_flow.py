@@ -7,7 +7,6 @@ matrix reads are zero, which is what the network without it computes.
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -22,7 +21,7 @@ from secateur.calibration.statistics import InputNorms
 from secateur.context import Context
 from secateur.errors import RequestError, RunError
 from secateur.network.anatomy import Axis
-from secateur.network.source import Source, load
+from secateur.network.source import Source, dense_model
 from secateur.network.trace import first_tensor
 from secateur.tensor.products import FastProducts
 
@@ -67,10 +66,7 @@ class SilencedFlow:
 
     @cached_property
     def _model(self) -> nn.Module:
-        source = self._source
-        if source.live is not None:
-            return deepcopy(source.live).float().to(self._device).eval()
-        return load(source.spec, device=self._device, trust_remote_code=source.trust_remote_code)[0]
+        return dense_model(self._source, self._device)
 
     def measure(self, silenced: Mapping[Where, Tensor]) -> SilencedSums:
         """One pass of all tokens. Where several processes run, all must come here, and each takes some of the tokens.

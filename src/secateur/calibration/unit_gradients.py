@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
-from secateur.calibration.gradients import dense_model
 from secateur.calibration.samples import Samples
 from secateur.context import Progress, barrier, processes, silent
 from secateur.errors import RunError
 from secateur.files import read_tensors, write_tensors, write_text
 from secateur.network.anatomy import Axis, Group, Slice
-from secateur.network.source import Source
+from secateur.network.source import Source, dense_model
 
 Term = Literal["first", "second", "mixed"]
 _PARTS = ("first", "first_size", "second", "mixed_size")

@@ -214,6 +214,14 @@ def load(
     return model.to(device).eval(), tokenizer(place, trust_remote_code)
 
 
+def dense_model(source: Source, device: str) -> nn.Module:
+    """The whole model of a source in float32 and evaluation mode, a copy of a live one."""
+    if source.live is None:
+        return load(source.spec, device=device, trust_remote_code=source.trust_remote_code)[0]
+    # not `.float()`: transformers refuses it for what was read from a GGUF file, de-quantized as it is
+    return deepcopy(source.live).to(device, torch.float32).eval()
+
+
 def tokenizer(place: Place, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a place, or None when there is none."""
     extra = {"gguf_file": place.file.name} if place.file else {}

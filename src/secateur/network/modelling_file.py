@@ -1,4 +1,4 @@
-"""The one file of code that a model with blocks of differing widths brings: what stands in it, and whether it is ours.
+"""The one file of code that a model brings whose blocks differ, or turn the stream: what is in it, and whether it is ours.
 
 The file is filled in from the architecture alone, never from widths: two results of one architecture hold the same bytes,
 and a file of these bytes is known to be harmless without asking whoever wrote it.
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 FILE = "modeling_heterogeneous.py"
 PREFIX = "Heterogeneous"
 BLOCK, ATTENTION, FEED_FORWARD = "block", "attention", "feed_forward"
+SHORTCUT = "_shortcut.weight"  # how the names of matrices beside parts end
 # what config.json of such a model has beside the entries of its architecture
 _ENTRIES = ("per_layer_config", "auto_map", "allow_global_per_layer_attribute_access")
 # how a block of an architecture may be built
@@ -148,6 +149,12 @@ class Frame:
                     found[part] = {path: seen.lengths[path] for seen in traces for path in paths}
         return found
 
+    @cached_property
+    def shortcuts(self) -> dict[str, tuple[str, str]]:
+        """The norm in front of each part inside a block, and the part's module; none where blocks differ in that."""
+        found = [passed_parts(block) for block in self.anatomy.blocks]
+        return found[0] if all(each == found[0] for each in found) else {}
+
     def render(self) -> str:
         """The file. Raises RequestError for an architecture that it could not serve."""
         text = Path(__file__).with_name("modeling_heterogeneous.txt").read_text(encoding="utf-8")
@@ -166,6 +173,7 @@ class Frame:
             blocks=path,
             blocks_of_body=path.removeprefix(f"{self.model.base_model_prefix}."),
             parts=json.dumps(self.parts),
+            shortcuts=json.dumps(self.shortcuts),
             arguments=self.arguments,
         )
 
@@ -192,6 +200,29 @@ def part_modules(block: Block, part: str) -> tuple[str, ...]:
     # its matrices stand in the block itself, one by one: with each of them silent nothing is left to add
     names = dict.fromkeys(part.parameter for part in (found.gate, found.up, found.down) if part)
     return tuple(name[inside:].rpartition(".")[0] for name in names)
+
+
+def passed_parts(block: Block) -> dict[str, tuple[str, str]]:
+    """The parts that the stream passes one after the other, each as the paths in the block of the norm that reads the stream
+    in front of it and of the module whose output is added to the stream; none where that is not known.
+    """
+    layer, attention = block.feed_forward, block.attention
+    modules = {part: part_modules(block, part) for part in (ATTENTION, FEED_FORWARD)}
+    alone = all(len(paths) == 1 for paths in modules.values())
+    if not layer or not attention or not layer.norm_module or block.parallel is not False or not alone:
+        return {}
+    norms = {name.rpartition(".")[0] for name in block.norms if not name.startswith(f"{attention.module}.")}
+    before = norms - {layer.norm_module}
+    if len(before) != 1 or layer.norm_module not in norms:
+        return {}
+    inside = len(block.path) + 1
+    found = {ATTENTION: before.pop(), FEED_FORWARD: layer.norm_module}
+    return {part: (norm[inside:], modules[part][0]) for part, norm in found.items()}
+
+
+def shortcut_names(block: Block) -> dict[str, str]:
+    """The parameters, by name in the model, that turn the stream beside each part of a block."""
+    return {part: f"{block.path}.{part}{SHORTCUT}" for part in passed_parts(block)}
 
 
 def part_parameters(block: Block, part: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Cuts:
     def __init__(self, source: Source, folder: Path, method: str, dtype: torch.dtype | None = None) -> None:
         self._source, self._folder, self._method, self._dtype = source, folder, method, dtype
         self._heads: NarrowHeads | None = None
+        self._with_code: dict[str, Any] = {}
 
     def save(self, block: int, axis: Axis, cut: Cut) -> None:
         """Keeps a cut; one that cannot be done is refused before."""
@@ -111,6 +113,8 @@ class Cuts:
 
         plain: only a configuration that needs no code.
         """
+        if self._with_code and not plain:
+            return deepcopy(self._with_code)
         raw = resized_config(self._source, {a: units for a, units in self.sizes().items() if a != "head_dims"}, plain)
         if self.heads is not None:
             raw = self.heads.config(raw)
@@ -120,7 +124,8 @@ class Cuts:
             raw = channels_config(self._source, self.where, raw, self.width)
         if self.bases is not None and self.bases.differ and not plain:
             turned = {block.index: BlockShape(shortcuts=True) for block in self._source.anatomy.blocks}
-            raw = heterogeneous_config(self._source, raw, turned)
+            self._with_code = heterogeneous_config(self._source, raw, turned)
+            return deepcopy(self._with_code)
         return raw
 
     @cached_property

@@ -347,7 +347,8 @@ def _guard(
             tried.append(entries)
             # the file is made anew from what config.json says: a norm over all heads fits no other number of them, so that
             # nothing could be seen of such a model's parts
-            wider = Frame(plain.whole, type(plain.config).from_dict({**raw, **entries}))
+            wider = frame({**raw, **entries}, type(plain.config))
+            assert wider is not None, "of the same class"
             if (wider.parts, wider.shortcuts) == (plain.parts, plain.shortcuts):
                 right = {name: getattr(plain.config, name) for name in entries if hasattr(plain.config, name)}
                 said.update({index: {**right, **own} for index, own in said.items()})

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from string import Template
 from types import ModuleType
@@ -255,8 +255,21 @@ def nothings(plain: Frame, part: str) -> dict[str, Callable[[int], nn.Module]]:
 def frame(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> Frame | None:
     """The architecture behind a config.json, plain or of ours; None where transformers has no class for it."""
     plain = plain_config(raw)
+    try:
+        return _frame(json.dumps(plain, sort_keys=True), kind)
+    except TypeError:  # a live configuration may hold anything
+        return _frame_of(plain, kind)
+
+
+def _frame_of(plain: Mapping[str, Any], kind: type[PretrainedConfig]) -> Frame | None:
     whole: Any = getattr(transformers, next(iter(plain.get("architectures") or []), ""), None)
-    return Frame(whole, kind.from_dict(plain)) if hasattr(whole, "_from_config") else None
+    return Frame(whole, kind.from_dict(dict(plain))) if hasattr(whole, "_from_config") else None
+
+
+@lru_cache(maxsize=4)
+def _frame(plain: str, kind: type[PretrainedConfig]) -> Frame | None:
+    """Kept, because a run asks for the same again and again, and running a network on fake tensors takes seconds."""
+    return _frame_of(json.loads(plain), kind)
 
 
 def model_files(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from secateur.network.channels import channels_config, find_channels
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.head_dims import check_head_dims
 from secateur.network.heterogeneous import BlockShape, heterogeneous_config
-from secateur.network.modelling_file import BLOCK, FEED_FORWARD, SHORTCUT, frame, nothings
+from secateur.network.modelling_file import BLOCK, FEED_FORWARD, frame, is_turned, nothings
 from secateur.network.rotation import find_roles, untied_config
 from secateur.network.source import Source
 from secateur.network.store import raw_config, resized_config
@@ -122,9 +122,8 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
 
 def _check_bases(source: Source, before: Sequence[Step], step: Step) -> None:
     """Raises RequestError where blocks, or parts of them, cannot go because the stream has another basis behind each."""
-    turned = any(name.endswith(SHORTCUT) for block in source.anatomy.blocks for name in block.parameters)
     earlier = next((each.method for each in before if turns(each)), "")
-    if turned or earlier:
+    if is_turned(source.anatomy) or earlier:
         raise RequestError(
             f"{step.method} removes blocks, but the residual stream of {source.spec} has another basis behind each of them"
             f"{f' once {earlier} has turned it' if earlier else ''}, so the next one could not read it; remove blocks first."

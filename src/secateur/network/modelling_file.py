@@ -225,6 +225,11 @@ def shortcut_names(block: Block) -> dict[str, str]:
     return {part: f"{block.path}.{part}{SHORTCUT}" for part in passed_parts(block)}
 
 
+def is_turned(anatomy: Anatomy) -> bool:
+    """Whether matrices turn the residual stream beside parts of its blocks, so that it has a basis of its own at each."""
+    return any(name.endswith(SHORTCUT) for block in anatomy.blocks for name in block.parameters)
+
+
 def part_parameters(block: Block, part: str) -> tuple[str, ...]:
     """The parameters of its attention or feed-forward, or of the whole block, by name in the model."""
     if part == BLOCK:

@@ -151,23 +151,21 @@ def test_directions_that_nobody_uses_cost_nothing(ids: Path, tmp_path: Path, cle
     assert max(error["each", "pca"], error["one", "pca"]) < 1e-3 < 100 * 1e-3 < error["one", "random"]
 
 
+@pytest.mark.parametrize("rotation", ["each", pytest.param("one", marks=pytest.mark.every)])
 def test_more_is_lost_the_more_is_cut(
-    model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
+    rotation: str, model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
 ) -> None:
-    """And less than in random directions, or in one basis, on the tokens that the directions are made for."""
+    """And less than in random directions, on the tokens that the directions are made for."""
     tokens, source = torch.tensor(json.loads(ids.read_text())), model("llama_tied")
     wanted, error, energy = logits(source, tokens), {}, {}
-    for case in ((0.125, "each", "pca"), (0.5, "each", "pca"), (0.5, "one", "pca"), (0.5, "each", "random")):
-        ratio, rotation, basis = case
-        said, output = (
-            recipe(ids, ratio=ratio, rotation=rotation, basis=basis),
-            tmp_path / f"{basis}-{rotation}-{ratio}",
-        )
+    for case in ((0.125, "pca"), (0.5, "pca"), (0.5, "random")):
+        ratio, basis = case
+        said, output = recipe(ids, ratio=ratio, rotation=rotation, basis=basis), tmp_path / f"{basis}-{ratio}"
         told = secateur.compress(source, recipe=said, output=output, evaluate=False, clean=clean)
         error[case] = float((logits(output, tokens) - wanted).square().mean())
         energy[case] = told.receipt["decisions"][0]["notes"]["energy kept"]
-    assert list(error.values()) == sorted(error.values()) and list(energy.values()) == sorted(energy.values())[::-1]
-    assert len({*error.values()}) == len({*energy.values()}) == 4
+    assert error[0.125, "pca"] < error[0.5, "pca"] < error[0.5, "random"]
+    assert energy[0.125, "pca"] > energy[0.5, "pca"]
 
 
 def test_head_and_embedding_of_a_tied_model_become_two(

@@ -50,6 +50,13 @@ class CutStage(Stage):
             narrow = build_own(self.source, self.cuts.config())
             found["parameters"]["after"] = sum(parameter.numel() for parameter in narrow.parameters())
             found["multiply_adds"]["after"] = multiply_adds(narrow, tokens_counted(self.source))
+        before, after = found["parameters"]["before"], found["parameters"]["after"]
+        larger = (
+            f"{self.step.method}: the result has more parameters than the model ({after:,} instead of {before:,}): a head "
+            "that shared the embedding has a matrix of its own, or matrices beside parts of blocks outweigh what went."
+        )
+        if after > before and larger not in self.warnings:
+            self.warnings.append(larger)
         return {"asked": asked_for(self.step), "reached": found}
 
     def config(self) -> dict[str, Any]:

@@ -11,9 +11,10 @@ block from behind its sliced attention. Norms go on dividing by all h channels, 
 with which epsilon counts as before. Embedding and head of a tied model are two matrices afterwards.
 
 No configuration of an ordinary model has matrices beside parts, so the result brings a file of code
-(`network/modelling_file.py`); they hold 2 d² numbers in each block, by which less is saved than `ratio` says. With
-rotation=one all places share one basis, the principal components of what all norms are given together: no matrices, an
-ordinary model, and a larger loss; that is no published method.
+(`network/modelling_file.py`). They hold 2 d² numbers in each block, by which less is saved than `ratio` says; a small model
+whose head shared the embedding may come out larger than it was, which the receipt counts and warns of. With rotation=one all
+places share one basis, the principal components of what all norms are given together: no matrices, an ordinary model; that
+is no published method.
 
 Different from the paper: the first four tokens of a sequence do not count (calibration.skip); d is rounded to the nearest
 multiple of 8, not down. Different from its code: a token counts by its direction, as the paper says, not by its size; the

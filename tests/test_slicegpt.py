@@ -298,7 +298,7 @@ def test_it_computes_what_a_projected_stream_does(sliced: Path, model: Callable[
         return scale * x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt()
 
     def project(x: Tensor) -> Tensor:
-        rows = x[:COUNT, SKIP:].reshape(-1, tiny.HIDDEN).double()
+        rows = x[:COUNT].reshape(-1, tiny.HIDDEN).double()
         rows = rows / rows.square().mean(dim=-1, keepdim=True).sqrt()
         basis = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -kept:].float()
         return x @ basis @ basis.T

@@ -164,7 +164,8 @@ class PlanStage(CutStage):
         )
 
     def _sliced(self, samples: Samples) -> SlicedStream:
-        skip = SKIP if self.calibration.skip is None else self.calibration.skip
+        # the directions of first tokens, large as these are, must not go: attention rests on them
+        skip = self.calibration.skip or 0
         dtype, bases = getattr(torch, self.calibration.dtype), self.cuts.bases_of()
         return SlicedStream(
             self.source, samples, self.state, dtype, self.device, skip, bases, self.step.method, self.progress

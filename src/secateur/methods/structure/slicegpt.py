@@ -16,12 +16,12 @@ whose head shared the embedding may come out larger than it was, which the recei
 places share one basis, the principal components of what all norms are given together: no matrices, an ordinary model; that
 is no published method.
 
-Different from the paper: the first four tokens of a sequence do not count (calibration.skip); d is rounded to the nearest
-multiple of 8, not down. Different from its code: a token counts by its direction, as the paper says, not by its size; the
-last block and the head are sliced like all others, because no block of an architecture gives a wider stream than it is
-given; no damping, which moves no eigenvector; no further random rotation of what stays, which changes nothing before
-quantization. Not built: networks with LayerNorm, whose mean would have to move into embeddings and output matrices and
-whose norms would have to be others; blocks whose parts are not one behind the other.
+Different from the paper: d is rounded to the nearest multiple of 8, not down; with rotation=one the first four tokens of a
+sequence do not count (calibration.skip; in the published form all do). Different from its code: a token counts by its
+direction, as the paper says, not by its size; the last block and the head are sliced like all others, because no block of an
+architecture gives a wider stream than it is given; no damping, which moves no eigenvector; no further random rotation of
+what stays, which changes nothing before quantization. Not built: networks with LayerNorm, whose mean would have to move into
+embeddings and output matrices and whose norms would have to be others; blocks whose parts are not one behind the other.
 """
 
 from typing import Annotated, Literal

@@ -261,7 +261,7 @@ def frame(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> Frame | None:
     """The architecture behind a config.json, plain or of ours; None where transformers has no class for it."""
     plain = plain_config(raw)
     try:
-        return _frame(json.dumps(plain, sort_keys=True), kind)  # type: ignore[arg-type] (a class can be hashed)
+        return _frame(json.dumps(plain, sort_keys=True), kind)  # type: ignore[arg-type]  # a class can be hashed
     except TypeError:  # a live configuration may hold anything
         return _frame_of(plain, kind)
 

@@ -25,6 +25,7 @@ import torch
 
 import secateur
 from common import SMOLLM2, MemoryPeak, remembered, show, text_ids, write_ids
+from secateur.comparison.budget import Budget, fit
 from secateur.evaluation import compare, parameters, speed
 from secateur.evaluation.remembered import Remembered
 from secateur.network.source import load, open_model
@@ -60,7 +61,8 @@ OTHER_AXES: dict[str, tuple[str, dict[str, Any]]] = {
     "heads: activation x weight": ("wanda_units", {"axis": ["heads"]}),
     "heads: unit surgeon (ours)": ("unit_surgeon", {"axis": ["heads"]}),
     "channels: Minitron": ("minitron", {"axis": ["channels"], "multiple_of": 8}),
-    "channels: one rotation": ("slicegpt", {}),
+    "channels: SliceGPT": ("slicegpt", {"multiple_of": 9}),
+    "channels: one rotation": ("slicegpt", {"rotation": "one", "multiple_of": 9}),
     "blocks: ShortGPT": ("block_influence", {}),
     "blocks: perplexity": ("layer_drop", {"metric": "perplexity"}),
 }
@@ -95,7 +97,7 @@ def main() -> None:
                 if not wanted or (not options.other_axes and not set(options.axis) <= set(find(method).axes)):
                     continue
                 if options.other_axes:
-                    step = {method: {**given, **as_many(module, method, ratio)}}
+                    step = {method: {**given, **as_many(module, method, given, ratio)}}
                 else:
                     fields = find(method).schema.model_fields
                     settings = {"axis": options.axis, **given} if "axis" in fields else dict(given)
@@ -124,8 +126,8 @@ def main() -> None:
             )
 
 
-def as_many(module: torch.nn.Module, method: str, ratio: float) -> dict[str, Any]:
-    """Parameters with which a method leaves as many parameters as `ratio` of the neurons of all blocks would."""
+def as_many(module: torch.nn.Module, method: str, given: dict[str, Any], ratio: float) -> dict[str, Any]:
+    """Settings, beside those `given`, with which a method leaves as many parameters as `ratio` of all neurons would."""
     network = open_model(module).anatomy
     block = network.blocks[0]
     neurons = block.group("neurons")
@@ -137,7 +139,11 @@ def as_many(module: torch.nn.Module, method: str, ratio: float) -> dict[str, Any
         return {"target": network.parameters - gone}
     if "remove" in find(method).schema.model_fields:
         return {"remove": round(gone / sum(module.get_parameter(name).numel() for name in block.parameters))}
-    return {"ratio": gone / network.parameters}  # of the channels, which every parameter has
+    share = 1 - gone / network.parameters
+    plan = Recipe.parse({"steps": [{method: given}]})
+    return {
+        "ratio": fit(open_model(module), plan, Budget.parse(f"parameters={share}")).recipe.steps[0].parameters["ratio"]
+    }
 
 
 FIGURES = (
@@ -151,17 +157,25 @@ def run(
     """FIGURES: the two mean errors are None where nothing was calibrated, the gain in speed where it was not timed."""
     peak, began = MemoryPeak(), time.perf_counter()
     peak.begin()
-    result = secateur.compress(module, recipe=recipe)
-    seconds = time.perf_counter() - began
+    if recipe.steps[0].method == "slicegpt":  # turns no live module
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "out"
+            result = secateur.compress(SMOLLM2, recipe=recipe, output=output, dtype="float32", evaluate=False)
+            seconds = time.perf_counter() - began
+            model, _ = load(output)
+    else:
+        result = secateur.compress(module, recipe=recipe)
+        seconds = time.perf_counter() - began
+        assert result.model is not None
+        model = result.model
     memory = peak.above() / 1e6
     [said] = result.receipt["decisions"]
-    assert result.model is not None
     with torch.inference_mode():
-        found = compare(result.model, dense, text, window=1024, windows=windows)
+        found = compare(model, dense, text, window=1024, windows=windows)
     ratio = found.model.perplexity / found.reference.perplexity
     errors = (said.get("mean calibration error"), said.get("mean held out error"))
-    gain = speed(result.model, module, decode=0, pairs=5).prefill.gain.median if timed else None
-    left = parameters(result.model) / parameters(module)
+    gain = speed(model, module, decode=0, pairs=5).prefill.gain.median if timed else None
+    left = parameters(model) / parameters(module)
     return found.model.perplexity, ratio, found.divergence.kl, *errors, left, gain, memory, seconds
 
 

@@ -192,6 +192,24 @@ def test_two_processes_calibrate_like_one(
 
 
 @pytest.mark.every
+@pytest.mark.parametrize("samples", [30, 3])
+def test_two_processes_turn_a_stream_like_one(
+    samples: int, model: Make, calibrated: Callable, clean: CleanProcess, tmp_path: Path
+) -> None:
+    """Place by place, also where one of them has no token."""
+    recipe = calibrated({"slicegpt": {"ratio": 0.25}}, samples=samples, held_out=0, order="first")
+    source, program, alone = model("llama"), tmp_path / "program.py", tmp_path / "alone"
+    program.write_text(CALIBRATED.format(runs=[(str(source), recipe, str(tmp_path / "out"))]))
+    ended = torchrun(program)
+    assert ended.returncode == 0, ended.stderr
+    secateur.compress(source, recipe=secateur.Recipe.parse(recipe), output=alone, evaluate=False, clean=clean)
+    ours, theirs = (
+        clean.logits(path, [prompt(tiny.VOCABULARY)], trust_remote_code=True) for path in (alone, tmp_path / "out")
+    )
+    assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max()
+
+
+@pytest.mark.every
 def test_fewer_batches_than_processes(model: Make, calibrated: Callable, clean: CleanProcess, tmp_path: Path) -> None:
     """One process has no token at all: what is learned is the same to the bit."""
     recipe = calibrated("sparsegpt", samples=3, held_out=0, order="first")

@@ -268,6 +268,8 @@ def test_every_method_on_every_architecture(
     elif method == "slicegpt":  # changes every number; what they compute is told by the reload check
         assert result.config.get_text_config().hidden_size == CHANNELS
         assert {p.shape[-1] for n, p in result.named_parameters() if n.endswith("norm.weight")} >= {CHANNELS}
+        reached = json.loads((first / "secateur.json").read_text())["decisions"][0]["budget"]["reached"]["parameters"]
+        assert reached == {"before": outcomes.parameters(dense), "after": outcomes.parameters(result)}
     elif "channels" in recipe.steps[0].parameters.get("axis", []):
         _check_narrowed(first, source, dense, result)
     elif _cuts(method):
@@ -281,7 +283,9 @@ def test_every_method_on_every_architecture(
     torch.testing.assert_close(clean.logits(first, words, **trust), here, atol=1e-5, rtol=1e-5)
     tokens = result.generate(torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert tokens.shape[1] > len(words[0]), "the result generates"
-    if _drops(method) or "heads" in methods()[method].axes:  # the cache is addressed by blocks, and holds heads
+    if (
+        _drops(method) or trust or "heads" in methods()[method].axes
+    ):  # the cache is addressed by blocks, and holds heads
         without = result.generate(
             torch.tensor(words), max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False
         )

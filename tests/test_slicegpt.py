@@ -1,7 +1,11 @@
-"""SliceGPT with one rotation: the moment, what a rotation changes, what is lost, what is refused."""
+"""SliceGPT, with a basis for each place and with one: what a rotation changes, what is lost, what is refused.
+
+That results with matrices beside parts are used, saved, trained and loaded like others with code is in test_heterogeneous.
+"""
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,10 @@ import tiny
 from secateur.calibration.samples import Samples
 from secateur.calibration.stream_moment import StreamPass, moment
 from secateur.cuts import Cuts
+from secateur.export import export
 from secateur.forecast import dry_run
+from secateur.network.bases import Bases
+from secateur.network.modelling_file import FILE
 from secateur.network.source import open_model
 from secateur.network.verify import CleanProcess
 from secateur.tensor.directions import principal_directions, random_directions
@@ -25,21 +32,40 @@ WORDS = torch.tensor([[5, 9, 200, 31, 7, 8, 77, 140]])
 COUNT, LENGTH, SKIP = 6, 16, 4
 
 
+def write_ids(folder: Path) -> Path:
+    drawn = torch.randint(3, tiny.VOCABULARY, (COUNT, LENGTH), generator=torch.Generator().manual_seed(0))
+    (folder / "ids.json").write_text(json.dumps(drawn.tolist()))
+    return folder / "ids.json"
+
+
 @pytest.fixture
 def ids(tmp_path: Path) -> Path:
-    drawn = torch.randint(3, tiny.VOCABULARY, (COUNT, LENGTH), generator=torch.Generator().manual_seed(0))
-    (tmp_path / "ids.json").write_text(json.dumps(drawn.tolist()))
-    return tmp_path / "ids.json"
+    return write_ids(tmp_path)
 
 
-def recipe(ids: Path, **given: Any) -> secateur.Recipe:
+def recipe(ids: Path, *others: dict[str, Any], **given: Any) -> secateur.Recipe:
     calibration = {"data": str(ids), "samples": COUNT, "length": LENGTH, "order": "first"}
-    return secateur.Recipe.parse({"steps": [{"slicegpt": given}], "calibration": calibration})
+    return secateur.Recipe.parse({"steps": [{"slicegpt": given}, *others], "calibration": calibration})
 
 
-def logits(directory: Path) -> Tensor:
+def load(directory: Path, **options: Any) -> Any:
+    code = {"trust_remote_code": True} if (directory / FILE).exists() else {}
+    return AutoModelForCausalLM.from_pretrained(directory, **code, **options).eval()
+
+
+def logits(directory: Path, tokens: Tensor = WORDS) -> Tensor:
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(WORDS).logits
+        return load(directory, dtype=torch.float32)(tokens).logits
+
+
+@pytest.fixture(scope="module")
+def sliced(model: Callable[..., Path], clean: CleanProcess, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has lost a quarter of its stream, and its tokens beside it. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("sliced")
+    write_ids(folder)
+    said = recipe(folder / "ids.json", ratio=0.25)
+    secateur.compress(model("llama_tied"), recipe=said, output=folder / "out", evaluate=False, clean=clean)
+    return folder / "out"
 
 
 def test_principal_directions_of_a_known_moment() -> None:
@@ -76,15 +102,27 @@ def test_the_moment_is_that_of_what_norms_are_given(ids: Path, tmp_path: Path) -
     assert not moment(torch.zeros(2, 3)).any()
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_mqa", "qwen3", "gemma", "phi3"])
-@pytest.mark.parametrize("basis", ["pca", "random"])
+FIRST = [("llama", "one", "pca"), ("gemma", "one", "random"), ("qwen3", "each", "pca"), ("gemma", "each", "pca")]
+
+
+@pytest.mark.parametrize(
+    ("name", "rotation", "basis"),
+    [
+        pytest.param(*case, marks=[pytest.mark.every] * (case not in FIRST))
+        for case in product(
+            ("llama", "llama_tied", "llama_mqa", "mistral", "qwen3", "gemma", "phi3"),
+            ("each", "one"),
+            ("pca", "random"),
+        )
+    ],
+)
 def test_a_rotation_alone_changes_nothing(
-    name: str, basis: str, model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
+    name: str, rotation: str, basis: str, model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
 ) -> None:
-    said = recipe(ids, ratio=0, basis=basis)
+    said = recipe(ids, ratio=0, rotation=rotation, basis=basis)
     secateur.compress(model(name), recipe=said, output=tmp_path / "out", evaluate=False, clean=clean)
     torch.testing.assert_close(logits(tmp_path / "out"), logits(model(name)), atol=1e-4, rtol=1e-4)
-    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (model(name), tmp_path / "out"))
+    before, after = (load(path) for path in (model(name), tmp_path / "out"))
     assert not torch.allclose(before.get_input_embeddings().weight, after.get_input_embeddings().weight, atol=0.1)
 
 
@@ -103,36 +141,38 @@ def test_directions_that_nobody_uses_cost_nothing(ids: Path, tmp_path: Path, cle
     live.save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     wanted, error = logits(tmp_path / "model"), {}
-    for basis in ("pca", "random"):
-        said = recipe(ids, ratio=0.25, basis=basis)
-        told = secateur.compress(tmp_path / "model", recipe=said, output=tmp_path / basis, evaluate=False, clean=clean)
-        assert AutoModelForCausalLM.from_pretrained(tmp_path / basis).config.hidden_size == 48
-        error[basis] = float((logits(tmp_path / basis) - wanted).abs().max())
+    for rotation, basis in (("each", "pca"), ("one", "pca"), ("one", "random")):
+        said, output = recipe(ids, ratio=0.25, rotation=rotation, basis=basis), tmp_path / rotation / basis
+        told = secateur.compress(tmp_path / "model", recipe=said, output=output, evaluate=False, clean=clean)
+        assert load(output).config.hidden_size == 48
+        error[rotation, basis] = float((logits(output) - wanted).abs().max())
         share = told.receipt["decisions"][0]["notes"]["energy kept"]
         assert share == pytest.approx(1, abs=1e-5) if basis == "pca" else share < 0.9
-    assert error["pca"] < 1e-3 < 100 * 1e-3 < error["random"]
+    assert max(error["each", "pca"], error["one", "pca"]) < 1e-3 < 100 * 1e-3 < error["one", "random"]
 
 
+@pytest.mark.parametrize("rotation", ["each", pytest.param("one", marks=pytest.mark.every)])
 def test_more_is_lost_the_more_is_cut(
-    model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
+    rotation: str, model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
 ) -> None:
     """And less than in random directions, on the tokens that the directions are made for."""
-    tokens, source, error = torch.tensor(json.loads(ids.read_text())), model("llama_tied"), {}
-    with torch.no_grad():
-        wanted = AutoModelForCausalLM.from_pretrained(source)(tokens).logits
-        for ratio, basis in ((0.125, "pca"), (0.5, "pca"), (0.5, "random")):
-            output = tmp_path / f"{basis}-{ratio}"
-            said = recipe(ids, ratio=ratio, basis=basis)
-            secateur.compress(source, recipe=said, output=output, evaluate=False, clean=clean)
-            found = AutoModelForCausalLM.from_pretrained(output)(tokens).logits
-            error[ratio, basis] = float((found - wanted).square().mean())
+    tokens, source = torch.tensor(json.loads(ids.read_text())), model("llama_tied")
+    wanted, error, energy = logits(source, tokens), {}, {}
+    for case in ((0.125, "pca"), (0.5, "pca"), (0.5, "random")):
+        ratio, basis = case
+        said, output = recipe(ids, ratio=ratio, rotation=rotation, basis=basis), tmp_path / f"{basis}-{ratio}"
+        told = secateur.compress(source, recipe=said, output=output, evaluate=False, clean=clean)
+        error[case] = float((logits(output, tokens) - wanted).square().mean())
+        energy[case] = told.receipt["decisions"][0]["notes"]["energy kept"]
     assert error[0.125, "pca"] < error[0.5, "pca"] < error[0.5, "random"]
+    assert energy[0.125, "pca"] > energy[0.5, "pca"]
 
 
 def test_head_and_embedding_of_a_tied_model_become_two(
     model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
 ) -> None:
-    source, said = model("llama_tied", dtype=torch.bfloat16, shard_size="50KB"), recipe(ids, ratio=0.25)
+    source = model("llama_tied", dtype=torch.bfloat16, shard_size="50KB")
+    said = recipe(ids, ratio=0.25, rotation="one")
     told = dry_run(source, recipe=said, output=tmp_path / "out")
     secateur.compress(source, recipe=said, output=tmp_path / "out", evaluate=False, clean=clean)
     result = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
@@ -148,7 +188,8 @@ def test_scales_of_norms_are_one_constant(
     """√(h/d): norms go on dividing by all channels. Gemma adds 1 to a scale itself."""
     for name, added in (("llama", 0.0), ("gemma", 1.0)):
         output = tmp_path / name
-        secateur.compress(model(name), recipe=recipe(ids, ratio=0.25), output=output, evaluate=False, clean=clean)
+        said = recipe(ids, ratio=0.25, rotation="one")
+        secateur.compress(model(name), recipe=said, output=output, evaluate=False, clean=clean)
         result = AutoModelForCausalLM.from_pretrained(output)
         for scale in [p for n, p in result.named_parameters() if n.endswith("norm.weight")]:
             torch.testing.assert_close(scale.detach() + added, torch.full((48,), (64 / 48) ** 0.5))
@@ -171,29 +212,147 @@ def test_what_cannot_be_rotated_is_refused(
     assert str(refusal.value).count(". ") <= 1 and not (tmp_path / "out").exists()
 
 
-def test_live_modules_are_refused(ids: Path) -> None:
+@pytest.mark.parametrize("rotation", ["each", "one"])
+def test_live_modules_are_refused(rotation: str, ids: Path) -> None:
     with pytest.raises(secateur.RequestError, match="does not rotate live modules"):
-        secateur.compress(tiny.make("llama"), recipe=recipe(ids))
+        secateur.compress(tiny.make("llama"), recipe=recipe(ids, rotation=rotation))
 
 
-def test_a_wrong_rotation_is_found_before_anything_is_written(
-    model: Callable[..., Path], ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean: CleanProcess
+@pytest.mark.parametrize(
+    ("others", "what"),
+    [
+        ([{"layer_drop": {"remove": 1}}], "remove blocks first"),
+        ([{"layer_drop": {"remove": 1, "part": "attention"}}], "remove blocks first"),
+        ([{"minitron": {"axis": "channels"}}], "channels first"),
+        ([{"random_units": {"axis": "head_dims"}}], "dimensions first"),
+    ],
+)
+def test_what_cannot_be_done_to_a_turned_network_is_refused(
+    others: list, what: str, model: Callable[..., Path], ids: Path, tmp_path: Path
 ) -> None:
-    """Scales that are folded wrongly: the whole network, whose stream is projected, knows nothing of that."""
-    monkeypatch.setattr("secateur.network.rotation._added", lambda module: 0.01)
+    with pytest.raises(secateur.RequestError, match=what):
+        secateur.compress(model("llama"), recipe=recipe(ids, *others), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_done_to_a_result_is_refused(sliced: Path, tmp_path: Path) -> None:
+    calibration = recipe(sliced.parent / "ids.json").plain()["calibration"]
+    for step, what in (
+        ({"layer_drop": {"remove": 1}}, "another basis behind each"),
+        ({"minitron": {"axis": "channels"}}, "others behind each part"),
+        ({"slicegpt": {}}, "others behind each part"),
+    ):
+        with pytest.raises(secateur.RequestError, match=what):
+            given = secateur.Recipe.parse({"steps": [step], "calibration": calibration})
+            secateur.compress(sliced, recipe=given, output=tmp_path / "out")
+    for form, what in (("padded", "no padding"), ("gguf", "no place for")):
+        with pytest.raises(secateur.RequestError, match=what):
+            export(sliced, form, tmp_path / f"out.{form}")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_result_is_compressed_further(sliced: Path, clean: CleanProcess, tmp_path: Path) -> None:
+    """Matrices beside parts stay as they are; neurons and heads may go block by block."""
+    turns = {name: p for name, p in load(sliced).named_parameters() if "shortcut" in name}
+    assert len(turns) == 2 * tiny.BLOCKS
+    for step in ({"magnitude": {}}, {"random_units": {"axis": ["heads", "neurons"], "ratio": 0.5}}):
+        output = tmp_path / next(iter(step))
+        given = secateur.Recipe.parse({"steps": [step]})
+        secateur.compress(sliced, recipe=given, output=output, evaluate=False, clean=clean)
+        after = dict(load(output).named_parameters())
+        assert all(torch.equal(after[name], turned) for name, turned in turns.items())
+
+
+def test_without_its_code_a_result_does_not_load(sliced: Path) -> None:
+    """Plain transformers would leave the matrices out and compute something else."""
+    with pytest.raises((RuntimeError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(sliced)
+
+
+def test_matrices_beside_parts_are_counted(
+    model: Callable[..., Path], sliced: Path, ids: Path, tmp_path: Path, clean: CleanProcess
+) -> None:
+    result, one = load(sliced), tmp_path / "one"
+    budget = json.loads((sliced / "secateur.json").read_text())["decisions"][0]["budget"]["reached"]
+    told = dry_run(model("llama_tied"), recipe=recipe(ids, ratio=0.25), output=tmp_path / "out")
+    assert outcomes.parameters(result) == budget["parameters"]["after"] == told["parameters_after"]
+    said = recipe(ids, ratio=0.25, rotation="one")
+    secateur.compress(model("llama_tied"), recipe=said, output=one, evaluate=False, clean=clean)
+    alike = json.loads((one / "secateur.json").read_text())["decisions"][0]["budget"]["reached"]
+    more = 2 * tiny.BLOCKS * 48**2
+    assert budget["parameters"]["after"] - alike["parameters"]["after"] == more
+    tokens = budget["multiply_adds"]["tokens"]
+    assert budget["multiply_adds"]["after"] - alike["multiply_adds"]["after"] == tokens * more
+
+
+@torch.no_grad()
+def test_it_computes_what_a_projected_stream_does(sliced: Path, model: Callable[..., Path]) -> None:
+    """The whole model's own modules, with the stream projected to the principal components in front of every norm, written
+    out: x → x Q Qᵀ, each Q from the tokens behind all projections before it.
+    """
+    dense, kept = load(model("llama_tied")), load(sliced).config.hidden_size
+    tokens = torch.cat([torch.tensor(json.loads((sliced.parent / "ids.json").read_text())), WORDS.repeat(1, 2)])
+    body, epsilon = dense.model, dense.config.rms_norm_eps * kept / tiny.HIDDEN
+
+    def norm(x: Tensor, scale: Tensor) -> Tensor:
+        return scale * x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt()
+
+    def project(x: Tensor) -> Tensor:
+        rows = x[:COUNT].reshape(-1, tiny.HIDDEN).double()
+        rows = rows / rows.square().mean(dim=-1, keepdim=True).sqrt()
+        basis = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -kept:].float()
+        return x @ basis @ basis.T
+
+    x = body.embed_tokens(tokens)
+    positions = body.rotary_emb(x, torch.arange(tokens.shape[1])[None])
+    for layer in body.layers:
+        x = project(x)
+        x = x + layer.self_attn(norm(x, layer.input_layernorm.weight), positions, None)[0]
+        x = project(x)
+        x = x + layer.mlp(norm(x, layer.post_attention_layernorm.weight))
+    wanted = dense.lm_head(norm(project(x), body.norm.weight))
+    found = logits(sliced, tokens)
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+    assert (wanted - dense(tokens).logits).abs().max() > 0.1, "which is not what the whole one does"
+
+
+@pytest.mark.parametrize("rotation", ["each", "one"])
+def test_a_wrong_rotation_is_found_before_anything_is_written(
+    rotation: str,
+    model: Callable[..., Path],
+    ids: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    clean: CleanProcess,
+) -> None:
+    """Scales that are folded wrongly, or matrices that turn the wrong way: the whole network, whose stream is projected,
+    knows nothing of either.
+    """
+    if rotation == "one":
+        monkeypatch.setattr("secateur.network.rotation._added", lambda module: 0.01)
+    else:
+        right = Bases.turn
+        monkeypatch.setattr(Bases, "turn", lambda self, place: right(self, place).T)
+    said = recipe(ids, rotation=rotation)
     with pytest.raises(secateur.RunError, match="computes something else"):
-        secateur.compress(model("llama"), recipe=recipe(ids), output=tmp_path / "out", evaluate=False, clean=clean)
+        secateur.compress(model("llama"), recipe=said, output=tmp_path / "out", evaluate=False, clean=clean)
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("what", ["layers.1.mlp.down_proj", "layers.1.attention_shortcut"])
 def test_a_mistake_in_writing_is_found_by_the_reload_check(
-    model: Callable[..., Path], ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean: CleanProcess
+    what: str,
+    model: Callable[..., Path],
+    ids: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    clean: CleanProcess,
 ) -> None:
     right = Cuts.apply
 
     def wrong(self: Cuts, blocks: Any, tensors: dict[str, Tensor]) -> None:
         right(self, blocks, tensors)
-        for key in [key for key in tensors if "layers.1.mlp.down_proj" in key]:
+        for key in [key for key in tensors if what in key]:
             tensors[key] = tensors[key].flip(0)
 
     monkeypatch.setattr(Cuts, "apply", wrong)

@@ -9,7 +9,7 @@ from secateur.network.channels import channels_config, find_channels
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.head_dims import check_head_dims
 from secateur.network.heterogeneous import BlockShape, heterogeneous_config
-from secateur.network.modelling_file import BLOCK, FEED_FORWARD, frame, nothings
+from secateur.network.modelling_file import BLOCK, FEED_FORWARD, frame, is_turned, nothings
 from secateur.network.rotation import find_roles, untied_config
 from secateur.network.source import Source
 from secateur.network.store import raw_config, resized_config
@@ -19,7 +19,16 @@ from secateur.solving import Solver
 from secateur.targets import check_targets
 from secateur.unit_allocation import chooser_of, divider, no_scores
 from secateur.unit_budgets import measure_of, sets_of
-from secateur.units import Sizes, asked_axes, cuts_channels, planned_channels, planned_sizes, present_sizes, rotates
+from secateur.units import (
+    Sizes,
+    asked_axes,
+    cuts_channels,
+    planned_channels,
+    planned_sizes,
+    present_sizes,
+    rotates,
+    turns,
+)
 
 
 def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Sizes:
@@ -48,6 +57,7 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
         if compares and not (chooser := chooser_of(solver)).method.scores:
             raise no_scores(step, chooser)
         if step.registered.scope == "blocks":
+            _check_bases(source, steps[:number], step)
             count = _check_blocks(source, step, count, fewer_parts)
             uneven = uneven or (step if step.parameters["part"] != BLOCK else None)
             # which blocks go is not known yet; mostly they are alike, and only how many are left matters here
@@ -102,16 +112,29 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
                     raw = untied_config(source, raw)
                 if kept is not None:
                     raw = channels_config(source, channels, raw, kept)
+                if turns(step):
+                    every = {block.index: BlockShape(shortcuts=True) for block in network.blocks}
+                    raw = heterogeneous_config(source, raw, every)
             if dims := told.get("head_dims"):
                 check_head_dims(source, raw, next(iter(dims.values())), own="head_dims" in present)
     return sizes
+
+
+def _check_bases(source: Source, before: Sequence[Step], step: Step) -> None:
+    """Raises RequestError where blocks, or parts of them, cannot go because the stream has another basis behind each."""
+    earlier = next((each.method for each in before if turns(each)), "")
+    if is_turned(source.anatomy) or earlier:
+        raise RequestError(
+            f"{step.method} removes blocks, but the residual stream of {source.spec} has another basis behind each of them"
+            f"{f' once {earlier} has turned it' if earlier else ''}, so the next one could not read it; remove blocks first."
+        )
 
 
 def _leaves_uneven(step: Step, planned: Sizes) -> bool:
     """Whether blocks come out with widths of their own."""
     given = step.parameters
     own_rules = "ratio" not in given or not given.get("uniform", True) or bool(given.get("allocation"))
-    return own_rules or any(len(set(units.values())) > 1 for units in planned.values())
+    return own_rules or turns(step) or any(len(set(units.values())) > 1 for units in planned.values())
 
 
 def _check_order(before: Sequence[Step], step: Step, uneven: Step | None) -> None:

@@ -21,6 +21,7 @@ from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.routing import Routing
 from secateur.calibration.silenced_flow import SilencedFlow
+from secateur.calibration.sliced_stream import SlicedStream
 from secateur.calibration.statistics import (
     CrossGram,
     GatedNorms,
@@ -258,6 +259,13 @@ NEEDS: dict[type, Need] = {
         "any", (), "how strongly neurons, heads and channels respond in the dense network", TEXT, beside=(Network,)
     ),
     StreamMoment: Need("any", (), "which directions of the residual stream are used", TEXT, beside=(Network,)),
+    SlicedStream: Need(
+        "any",
+        (),
+        "which directions of the residual stream are used in front of each norm, behind what is sliced already",
+        TEXT,
+        beside=(Network,),
+    ),
     Vocabulary: Need("vocabulary", (KeptTokens,), "the tokens of the model, and what each of them writes"),
     TokenCounts: Need("any", (), "how often each token occurs in the whole text", TEXT, beside=(Vocabulary,)),
     Budget: Need("any", (), "how many weights the matrix loses, in which pattern", beside=(Weight,)),

@@ -17,8 +17,7 @@ from secateur.evaluation.arithmetic import multiply_adds
 from secateur.files import write_tensors
 from secateur.network.anatomy import Axis
 from secateur.network.channels import cut_channels, norms_over
-from secateur.network.rotation import stretched
-from secateur.network.store import build, raw_config
+from secateur.network.store import build, build_own, raw_config
 from secateur.network.stream import Fetch, streamed_logits
 from secateur.network.surgery import adopt_buffers, adopt_numbers, cut_module
 from secateur.network.verify import prompt
@@ -48,10 +47,16 @@ class CutStage(Stage):
     def _budget(self) -> dict[str, Any]:
         found = reached(self.source, self.cuts.sizes())
         if self.cuts.width is not None:  # every matrix is smaller: what the result is built from tells
-            narrow = build(self.source, self.cuts.config())
-            assert narrow is not None, "the configuration was found by building it"
+            narrow = build_own(self.source, self.cuts.config())
             found["parameters"]["after"] = sum(parameter.numel() for parameter in narrow.parameters())
             found["multiply_adds"]["after"] = multiply_adds(narrow, tokens_counted(self.source))
+        before, after = found["parameters"]["before"], found["parameters"]["after"]
+        larger = (
+            f"{self.step.method}: the result has more parameters than the model ({after:,} instead of {before:,}): a head "
+            "that shared the embedding has a matrix of its own, or matrices beside parts of blocks outweigh what went."
+        )
+        if after > before and larger not in self.warnings:
+            self.warnings.append(larger)
         return {"asked": asked_for(self.step), "reached": found}
 
     def config(self) -> dict[str, Any]:
@@ -60,8 +65,8 @@ class CutStage(Stage):
     @contextmanager
     def reference(self) -> Iterator[None]:
         with ExitStack() as stack:
-            if self.cuts.basis is not None:
-                stack.enter_context(stretched(self.source.skeleton, self.cuts.where, self.cuts.basis.shape[1]))
+            if self.cuts.bases is not None:
+                stack.enter_context(self.cuts.turned())
             elif self.cuts.channels is not None:
                 stack.enter_context(norms_over(self.source.skeleton, self.cuts.where, self.cuts.channels))
             stack.enter_context(self.cuts.reference())
@@ -69,7 +74,7 @@ class CutStage(Stage):
 
     def expected(self) -> Fetch:
         fetch = self.cuts.silenced()
-        if self.cuts.basis is not None:  # rounded as it is written, and turned back: it would be rounded twice
+        if self.cuts.bases is not None:  # rounded as it is written, and turned back: it would be rounded twice
             return fetch
         rounded = self.cuts.rounded
         return lambda names: {
@@ -81,7 +86,7 @@ class CutStage(Stage):
         self._decide_all()
         budget = self._budget()  # before the module that its source shows has other shapes
         cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
-        if self.cuts.basis is not None:
+        if self.cuts.bases is not None:
             raise RequestError(f"{self.step.method} does not rotate live modules; give a directory and an output.")
         if self.cuts.channels is not None:
             self._narrow(module, cuts)
@@ -173,5 +178,5 @@ class CutStage(Stage):
         """Decides every cut, for a live module."""
 
     def _leave(self) -> None:
-        if self.artifacts is not None:
-            write_tensors(self.artifacts / "kept.safetensors", self.cuts.kept())
+        if self.artifacts is not None and (kept := self.cuts.kept()):
+            write_tensors(self.artifacts / "kept.safetensors", kept)

@@ -19,6 +19,7 @@ from secateur.calibration.propagation import ACTIVATION_BYTES
 from secateur.calibration.routing import Routing
 from secateur.calibration.samples import LENGTH, SELF, Calibration
 from secateur.calibration.silenced_flow import SilencedFlow
+from secateur.calibration.sliced_stream import SlicedStream
 from secateur.calibration.statistics import CrossGram, Gram
 from secateur.calibration.stream_moment import StreamMoment
 from secateur.calibration.synthetic import SyntheticGram
@@ -42,7 +43,7 @@ from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
 from secateur.unit_allocation import divider
 from secateur.unit_budgets import Measure, asked_for, counted, tokens_counted
-from secateur.units import Sizes, asked_axes, output_matrices, planned_channels, rotates
+from secateur.units import Sizes, asked_axes, output_matrices, planned_channels, rotates, turns
 from secateur.vocabulary_stage import VocabularyStage
 
 SHARD_BYTES = 256 * 10**6
@@ -171,6 +172,9 @@ def _needs(
         _remove_channels(original, left_channels[-1], removed)
         if any(rotates(step) for step in steps) and (head := _untied(original)):
             removed[head] = -left_channels[-1] * original.anatomy.vocabulary  # it gets a matrix of its own
+        if any(turns(step) for step in steps):  # two matrices more in each block
+            for block in original.anatomy.blocks[:left]:
+                removed[block.parameters[0]] = removed.get(block.parameters[0], 0) - 2 * left_channels[-1] ** 2
     total = original.anatomy.parameters
     if original.tensors:
 
@@ -284,11 +288,14 @@ def _flow_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, i
     positions = getattr(source.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     tokens = (wishes.count + wishes.held_out_count) * min(wishes.length or LENGTH, positions)
     disk = memory = 0
-    if asked & {Flow, LossWithout, Routing, Activations, StreamMoment}:
+    if asked & {Flow, LossWithout, Routing, Activations, SlicedStream, StreamMoment}:
         copies = len(network.blocks) + 1 if LossWithout in asked else 1
         # those that a block reads and those that it writes
         disk = 2 * copies * tokens * network.hidden * getattr(torch, wishes.dtype).itemsize
         memory = 4 * ACTIVATION_BYTES
+    if SlicedStream in asked:  # float64: a basis for each place in files, and what one place needs to be decided
+        disk += 8 * (2 * len(network.blocks) + 1) * network.hidden**2
+        memory += 8 * 8 * network.hidden**2
     if BlockGradients in asked:
         memory = 2 * 4 * network.parameters
     elif wishes.data == SELF:

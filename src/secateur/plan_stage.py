@@ -13,12 +13,14 @@ from secateur.calibration.evaluator import Evaluator, Rehearsal
 from secateur.calibration.routing import Routing, RoutingPass
 from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
 from secateur.calibration.silenced_flow import SilencedFlow
+from secateur.calibration.sliced_stream import SlicedStream
 from secateur.calibration.stream_moment import StreamMoment, StreamPass
 from secateur.context import Context, give_back_memory, processes
 from secateur.cut_stage import SKIP, CutStage
 from secateur.files import write_tensors
 from secateur.network.stream import Piece
 from secateur.network.views import Network, Plan, Units
+from secateur.tensor.directions import principal_directions
 from secateur.units import asked_axes
 from secateur.workspace import Journal
 
@@ -53,6 +55,8 @@ class PlanStage(CutStage):
                 self._ask(context, statistics={SilencedFlow: self._silenced_flow(self._drawn(count))})
                 took.append(time.time() - begun)
             return took[0] + max(took[1] - took[0], 0.0) * (self.calibration.count - 1)
+        if SlicedStream in self._asked:
+            return self._time_of_slicing()
         if kinds := [kind for need, kind in _PASSES.items() if need in self._asked]:
             # beside them the method itself takes no time
             samples = self._drawn()
@@ -64,10 +68,25 @@ class PlanStage(CutStage):
         self._ask(context, layers[:1])
         return (time.time() - begun) * len(layers)
 
+    def _time_of_slicing(self) -> float:
+        """By the first block on one batch of tokens; what is decided there takes as long whatever their number."""
+        samples = self._drawn()
+        batches = self._sliced(samples).batches
+        stream = self._sliced(Samples(list(batches[0].ids), [], "random"))
+        begun, decided = time.time(), 0.0
+        for place, moment in stream.moments():
+            if place == 2:
+                break
+            asked = time.time()
+            stream.keep(principal_directions(moment.matrix))
+            decided += time.time() - asked
+        passed = time.time() - begun - decided
+        return (passed * len(batches) + decided) * len(self.source.anatomy.blocks)
+
     def _prepare(self) -> None:
         self._decide_all()
         self.cuts.config()
-        if self.cuts.basis is not None and not any(Journal(self.state).entries()):
+        if self.cuts.bases is not None and not any(Journal(self.state).entries()):
             self.cuts.check_rotation()
 
     def _decide_all(self) -> None:
@@ -116,6 +135,8 @@ class PlanStage(CutStage):
             found[Routing] = tokens.routing()
         if SilencedFlow in self._asked:
             found[SilencedFlow] = self._silenced_flow(samples)
+        if SlicedStream in self._asked:
+            found[SlicedStream] = self._sliced(samples)
         for need, kind in _PASSES.items():
             if need in self._asked:
                 seen = self._pass(samples, kind)
@@ -140,6 +161,14 @@ class PlanStage(CutStage):
     def _silenced_flow(self, samples: Samples) -> SilencedFlow:
         return SilencedFlow(
             self.source, samples, self.device, SKIP if self.calibration.skip is None else self.calibration.skip
+        )
+
+    def _sliced(self, samples: Samples) -> SlicedStream:
+        # the directions of first tokens, large as these are, must not go: attention rests on them
+        skip = self.calibration.skip or 0
+        dtype, bases = getattr(torch, self.calibration.dtype), self.cuts.bases_of()
+        return SlicedStream(
+            self.source, samples, self.state, dtype, self.device, skip, bases, self.step.method, self.progress
         )
 
     def _pass(self, samples: Samples, kind: type[PassT]) -> PassT:

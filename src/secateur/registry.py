@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 from pydantic import BeforeValidator
@@ -27,6 +27,7 @@ from secateur.calibration.flow import Flow, LossWithout
 from secateur.calibration.gradients import BlockGradients
 from secateur.calibration.routing import Routing
 from secateur.calibration.silenced_flow import SilencedFlow
+from secateur.calibration.sliced_stream import SlicedStream
 from secateur.calibration.statistics import (
     INPUT_STATISTICS,
     CrossGram,
@@ -83,6 +84,7 @@ __all__ = [
     "Ratio",
     "Routing",
     "SilencedFlow",
+    "SlicedStream",
     "StreamMoment",
     "SyntheticGram",
     "TokenCounts",
@@ -130,11 +132,19 @@ class Method:
         said: dict[str, list[str]] = {}
         for name, need in self.needs.items():
             if NEEDS[need].data:
-                said.setdefault(NEEDS[need].data, []).append(self._condition(name))
+                when = "" if name in self.either else self._condition(name)
+                said.setdefault(NEEDS[need].data, []).append(when)
         asked = [f"{data} ({' or '.join(when)})" if all(when) else data for data, when in said.items()]
         if said and all(all(when) for when in said.values()):
             return "; ".join(["none: weights only", *asked])
         return ", ".join(asked) or "none: weights only"
+
+    @property
+    def either(self) -> set[str]:
+        """What is asked for under one value of a parameter each, so that something like it is always asked for."""
+        return _either(
+            self.needs, self.only, {name: field.annotation for name, field in self.schema.model_fields.items()}
+        )
 
     def _condition(self, name: str) -> str:
         """Under which parameters something is asked for; "" where always."""
@@ -342,7 +352,8 @@ def method(
         if missing := own - set(help_texts):
             raise TypeError(f"{name}: the docstring says nothing of {sorted(missing)}")
         said = Said(when, speedup, criterion, schedule, comparison, fuses, family, tuning, uneven)
-        taxonomy = classify(name, kind, next(iter(scopes)), axes, needs, conditions, said)
+        sometimes = set(conditions) - _either(needs, conditions, {key: hint for key, (hint, _) in fields.items()})
+        taxonomy = classify(name, kind, next(iter(scopes)), axes, needs, sometimes, said)
         _registry[name] = Method(
             name, kind, paper, claim, when, speedup, taxonomy, axes, function, needs, schema,
             {key: common[key][2] if key in common else help_texts[key] for key in fields}, conditions,
@@ -351,6 +362,18 @@ def method(
         return function
 
     return register
+
+
+def _either(needs: Mapping[str, type], only: Mapping[str, Mapping[str, Any]], hints: Mapping[str, Any]) -> set[str]:
+    """Of what is asked for under parameters, what reads the same and together covers every value of one of them."""
+    found: set[str] = set()
+    for data in {NEEDS[needs[name]].data for name in only}:
+        alike = {name: only[name] for name in only if NEEDS[needs[name]].data == data and len(only[name]) == 1}
+        for key, hint in hints.items():
+            names = {name for name, when in alike.items() if key in when}
+            if typing.get_origin(hint) is Literal and {only[name][key] for name in names} == {*typing.get_args(hint)}:
+                found |= names
+    return found
 
 
 def message(error: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from secateur.calibration.sliced_stream import SlicedStream
 from secateur.calibration.stream_moment import StreamMoment
 from secateur.errors import RequestError
 from secateur.network.anatomy import AXES, Axis, Block
@@ -110,7 +111,12 @@ def cuts_channels(step: Step) -> bool:
 
 def rotates(step: Step) -> bool:
     """Whether it asks for directions of the stream, to which it turns the network."""
-    return StreamMoment in step.registered.needs.values()
+    return not {StreamMoment, SlicedStream}.isdisjoint(step.registered.needs.values())
+
+
+def turns(step: Step) -> bool:
+    """Whether it asks for directions place by place, between which matrices turn the stream beside every part."""
+    return SlicedStream in step.registered.asked(step.parameters).values()
 
 
 def planned_channels(source: Source, step: Step, before: int | None = None) -> int | None:

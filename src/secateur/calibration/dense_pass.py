@@ -62,10 +62,7 @@ class DensePass(ABC):
         Raises RequestError when the pass was begun with another number of processes.
         """
         rank, world = processes()
-        if any(not path.stem.endswith(f"-of-{world}") for path in self._folder.glob("*.safetensors")):
-            raise RequestError(
-                "this run was begun with another number of processes; go on with as many, or say --restart."
-            )
+        self.check_processes()
         every = range(len(self.source.anatomy.blocks))
         left = [index for index in blocks or every if not self._path(index, rank, world).exists()]
         if left:
@@ -76,21 +73,35 @@ class DensePass(ABC):
                 bar.advance()
         barrier()  # what every process has seen is there
 
+    def check_processes(self) -> None:
+        """Raises RequestError when the pass was begun with another number of processes."""
+        world = processes()[1]
+        if any(not path.stem.endswith(f"-of-{world}") for path in self._folder.glob("*.safetensors")):
+            raise RequestError(
+                "this run was begun with another number of processes; go on with as many, or say --restart."
+            )
+
     def gathered(self) -> dict[tuple[int, str], Tensor]:
         """What all processes have seen together, by block and name, added in the order of their ranks.
 
         Raises RunError naming a block of which something is not finite.
         """
-        world, sums = processes()[1], dict[tuple[int, str], Tensor]()
+        sums: dict[tuple[int, str], Tensor] = {}
         for block in self.source.anatomy.blocks:
-            for rank in range(world):
-                for name, tensor in read_tensors(self._path(block.index, rank, world))[0].items():
-                    if not bool(torch.isfinite(tensor).all()):
-                        raise RunError(
-                            f"block {block.index} gives non-finite activations on the calibration tokens; check the model."
-                        )
-                    key = block.index, name
-                    sums[key] = sums[key] + tensor if key in sums else tensor
+            seen = self.sums(block.index, f"block {block.index}")
+            sums |= {(block.index, name): tensor for name, tensor in seen.items()}
+        return sums
+
+    def sums(self, index: int, where: str) -> dict[str, Tensor]:
+        """What all processes have seen under one number, added in the order of their ranks. Raises RunError naming `where`
+        when something is not finite.
+        """
+        world, sums = processes()[1], dict[str, Tensor]()
+        for rank in range(world):
+            for name, tensor in read_tensors(self._path(index, rank, world))[0].items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise RunError(f"{where} gives non-finite activations on the calibration tokens; check the model.")
+                add(sums, name, tensor)
         return sums
 
     def rows(self, tensor: Tensor, batch: Batch) -> Tensor:

@@ -265,6 +265,10 @@ class Propagation:
 
         return [(batch, call(number, batch)) for number, batch in enumerate(self.batches)]
 
+    def hidden(self, block: int) -> Iterator[tuple[Batch, Tensor]]:
+        """The hidden states that a block reads, batch by batch; of the number of blocks, those that the last one gave."""
+        return ((batch, self._read(block, batch)) for batch in self.batches)
+
     def module(self, block: int) -> nn.Module:
         return self.source.skeleton.get_submodule(self.source.anatomy.blocks[block].path)
 

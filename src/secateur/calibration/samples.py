@@ -44,7 +44,8 @@ class Calibration(BaseModel):
         sequential: solve each matrix as soon as all tokens have reached it, so that those after it in the block see it
             changed (true-sequential); one pass in place of two, but the activations of all tokens in a block are in memory.
         skip: tokens at the beginning of each sequence that are passed through but not counted; default 0 for single weights
-            and 4 for units, because the activations of the first tokens are often a hundred times as large as all others.
+            and for streams turned place by place, 4 for units, because the activations of the first tokens are often a
+            hundred times as large as all others.
         dtype: of the passes through blocks; statistics and solving stay in float32.
     """
 

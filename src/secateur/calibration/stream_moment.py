@@ -24,6 +24,11 @@ class StreamMoment:
 
     matrix: Tensor
 
+    def share(self, basis: Tensor) -> float:
+        """The share of its energy that lies in (h, d) orthonormal directions."""
+        moment, basis = self.matrix.double(), basis.double()
+        return float((basis * (moment @ basis)).sum() / moment.trace())
+
 
 def moment(x: Tensor) -> Tensor:
     """(h, h) the sum over tokens of x̂ x̂ᵀ, x̂ = x / √mean(x²); (tokens, h) in float64. A token without any state adds 0."""

@@ -17,7 +17,8 @@ def parameters(model: nn.Module) -> int:
 def multiply_adds(model: nn.Module, tokens: int, context: int = 0) -> int:
     """Multiply-adds of reading `tokens` tokens at once, behind `context` tokens that a cache already holds.
 
-    Counted: every linear map (`nn.Linear`, the transposed `Conv1D` of transformers, convolutions along the sequence)
+    Counted: every linear map (`nn.Linear`, the transposed `Conv1D` of transformers, convolutions along the sequence, the
+    matrices beside the parts of blocks that turn the residual stream)
     for each token, the head among them for all tokens; the routed experts that a token visits; attention's scores and
     weighted values, 2 · heads · head_dim for each pair of a token and a key it may see. Causal attention is counted
     exactly, token i seeing context + i + 1 keys (fewer in sliding windows), not as the full square. Not counted:
@@ -41,7 +42,7 @@ def linear_multiply_adds(model: nn.Module, config: Any) -> int:
         if isinstance(module, nn.Linear):
             # Not weight.numel(): packed low-bit weights hold several values in one element.
             total += module.in_features * module.out_features
-        elif isinstance(module, nn.Conv1d) or type(module).__name__ == "Conv1D":
+        elif isinstance(module, nn.Conv1d) or type(module).__name__ in ("Conv1D", "Shortcut"):
             total += module.weight.numel()
         else:
             total += _experts(module, config)

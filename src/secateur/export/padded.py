@@ -56,6 +56,11 @@ def to_padded(source: Source, output: Path, dtype: str | None = None) -> Exporte
         raise RequestError(
             f"the blocks of {source.spec} are alike, so it loads everywhere as it is; there is nothing to pad."
         )
+    if any("shortcuts" in own for own in raw["per_layer_config"].values()):
+        raise RequestError(
+            f"{source.spec} has matrices that turn the residual stream beside parts of its blocks, and no padding takes "
+            "their place; it loads with its own file of code (--trust-remote-code)."
+        )
     with _without_gaps(source, raw) as whole:
         axes: list[Axis] = [axis for axis in AXES if axis != "head_dims"]  # alike in all blocks
         found = {axis: [(block.index, block.group(axis)) for block in whole.anatomy.blocks] for axis in axes}

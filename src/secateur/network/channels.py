@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secateur.errors import RequestError
 from secateur.network.anatomy import Anatomy
 from secateur.network.examine import anatomy
+from secateur.network.modelling_file import is_turned
 from secateur.network.parts import Part
 from secateur.network.probe import norm_roles
 from secateur.network.source import Source
@@ -62,6 +63,11 @@ def find_channels(source: Source) -> Channels:
                 f"channels are cut only where every block is understood, but {block.path} of {source.spec} is not: "
                 f"{why.rstrip('.')}."
             )
+    if is_turned(network):
+        raise RequestError(
+            f"the channels of {source.spec} are others behind each part of its blocks, so none of them can be cut for all; "
+            "cut more of the model that it was made from."
+        )
     before = _shapes(source.skeleton)
     heads = max((block.attention.heads for block in network.blocks if block.attention), default=1)
     for found in _candidates(source, raw):

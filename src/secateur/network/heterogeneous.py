@@ -22,11 +22,13 @@ from secateur.network.modelling_file import (
     ATTENTION,
     FEED_FORWARD,
     FILE,
+    SHORTCUT,
     Frame,
     base_class,
     frame,
     part_modules,
     plain_config,
+    shortcut_names,
 )
 from secateur.network.recognise import join, matrices, signature
 
@@ -48,6 +50,7 @@ class BlockShape:
         heads, kv_heads: query heads, and the key-value heads that they share; each stays as wide as it is.
         experts: of a mixture.
         skip: "attention" and "feed_forward", of which the block is to have nothing more.
+        shortcuts: whether a matrix turns the residual stream beside each of its parts.
     """
 
     units: int | None = None
@@ -55,6 +58,11 @@ class BlockShape:
     kv_heads: int | None = None
     experts: int | None = None
     skip: tuple[str, ...] = ()
+    shortcuts: bool = False
+
+
+# entries of a block that no class of transformers knows
+_OURS = ("skip", "shortcuts")
 
 
 def heterogeneous_config(source: "Source", raw: Mapping[str, Any], shapes: Mapping[int, BlockShape]) -> dict[str, Any]:
@@ -92,11 +100,11 @@ def heterogeneous_config(source: "Source", raw: Mapping[str, Any], shapes: Mappi
             del wanted[name]
         wanted |= {join(block.path, name): size for name, size in inside.items()}
     changed = plain_config(raw)
-    if any(said.values()) and not any(set(own) - {"skip"} for own in said.values()):
+    if any(said.values()) and not any(set(own) - {*_OURS} for own in said.values()):
         changed |= _guard(plain, changed, targets, said)
     for own in said.values():
         # an entry that only blocks know: the width of a head, which is the same everywhere
-        changed |= {name: own.pop(name) for name in list(own) if name != "skip" and not hasattr(plain.config, name)}
+        changed |= {name: own.pop(name) for name in list(own) if name not in _OURS and not hasattr(plain.config, name)}
     digits = len(str(len(blocks) - 1))
     changed |= {
         "architectures": [plain.names[0]],
@@ -138,7 +146,8 @@ def _target(source: "Source", plain: Frame, block: Block, wish: BlockShape) -> B
         raise RequestError(
             f"{where} cannot have {heads} heads over {kv_heads} key-value heads; every one of these must serve equally many."
         )
-    return BlockShape(**numbers, skip=skip)
+    turned = any(name.endswith(SHORTCUT) for name in left)
+    return BlockShape(**numbers, skip=skip, shortcuts=wish.shortcuts or turned)
 
 
 def _has(plain: Frame, block: Block, part: str, left: set[str]) -> bool:
@@ -210,6 +219,16 @@ def _solve(plain: Frame, block: Block, shape: BlockShape) -> tuple[dict[str, Any
         shapes = {name: size for name, size in shapes.items() if not name.startswith(tuple(f"{p}." for p in paths))}
     if shape.skip:
         own["skip"] = list(shape.skip)
+    if shape.shortcuts:
+        if not plain.shortcuts or shape.skip:
+            raise RequestError(
+                f"{block.path} of {kind} cannot be given matrices that turn the residual stream beside its attention and "
+                "its feed-forward, because it is not one behind the other, each behind a norm of its own; choose a "
+                "method, or parameters, that need none (such as rotation=one)."
+            )
+        width = plain.anatomy.hidden
+        shapes |= {name[len(block.path) + 1 :]: (width, width) for name in shortcut_names(block).values()}
+        own["shortcuts"] = list(plain.shortcuts)
     return own, shapes
 
 
@@ -302,14 +321,16 @@ class _Entries:
 def _guard(
     plain: Frame, raw: Mapping[str, Any], targets: Mapping[int, BlockShape], said: dict[int, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Where blocks lack parts and all widths agree: a common width that no block has, and the right one said by each.
+    """Where blocks lack parts, or have matrices beside them, and all widths agree: a common width that no block has.
+
+    The right one is said by each.
 
     Without it somebody who does not let the code run would get the plain architecture, which fits the stored tensors as
-    far as they go and fills the parts that are gone with random numbers.
+    far as they go, fills the parts that are gone with random numbers and leaves matrices out.
 
     raw: the plain architecture's config.json.
     """
-    wide = {each: replace(target, skip=()) for each, target in targets.items()}
+    wide = {each: replace(target, skip=(), shortcuts=False) for each, target in targets.items()}
     others = [(each, replace(shape, units=2 * shape.units)) for each, shape in wide.items() if shape.units]
     others += [
         (each, replace(shape, heads=2 * shape.heads, kv_heads=2 * shape.kv_heads))
@@ -326,7 +347,9 @@ def _guard(
             tried.append(entries)
             # the file is made anew from what config.json says: a norm over all heads fits no other number of them, so that
             # nothing could be seen of such a model's parts
-            if Frame(plain.whole, type(plain.config).from_dict({**raw, **entries})).parts == plain.parts:
+            wider = frame({**raw, **entries}, type(plain.config))
+            assert wider is not None, "of the same class"
+            if (wider.parts, wider.shortcuts) == (plain.parts, plain.shortcuts):
                 right = {name: getattr(plain.config, name) for name in entries if hasattr(plain.config, name)}
                 said.update({index: {**right, **own} for index, own in said.items()})
                 return entries
@@ -340,14 +363,20 @@ def _shapes(module: nn.Module) -> Shapes:
     return {name: tuple(parameter.shape) for name, parameter in module.named_parameters(remove_duplicate=False)}
 
 
+def skeleton_of(plain: Frame, raw: Mapping[str, Any]) -> nn.Module:
+    """The model that the file builds from this config.json, on the meta device."""
+    module = ModuleType(FILE.removesuffix(".py"))
+    exec(compile(plain.render(), FILE, "exec"), module.__dict__)  # the very text that is written beside it
+    config = type(plain.config).from_dict(deepcopy(dict(raw)))
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = getattr(module, plain.names[0])._from_config(config)
+    return model.eval()
+
+
 def _check(plain: Frame, raw: Mapping[str, Any], wanted: Shapes) -> None:
     """Raises RequestError unless the file builds the wanted model from this config.json."""
-    module = ModuleType(FILE.removesuffix(".py"))
-    exec(compile(plain.render(), FILE, "exec"), module.__dict__)  # the very text that is going to be written
     try:
-        config = type(plain.config).from_dict(deepcopy(dict(raw)))
-        with init_empty_weights(include_buffers=False):
-            model = getattr(module, plain.names[0])._from_config(config)
+        model = skeleton_of(plain, raw)
     except Exception as error:  # an architecture may refuse what its blocks could be built with
         raise RequestError(
             f"{plain.whole.__name__} cannot be built with blocks that differ from each other "

@@ -1,4 +1,4 @@
-"""The one file of code that a model with blocks of differing widths brings: what stands in it, and whether it is ours.
+"""The one file of code that a model brings whose blocks differ, or turn the stream: what is in it, and whether it is ours.
 
 The file is filled in from the architecture alone, never from widths: two results of one architecture hold the same bytes,
 and a file of these bytes is known to be harmless without asking whoever wrote it.
@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from string import Template
 from types import ModuleType
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 FILE = "modeling_heterogeneous.py"
 PREFIX = "Heterogeneous"
 BLOCK, ATTENTION, FEED_FORWARD = "block", "attention", "feed_forward"
+SHORTCUT = "_shortcut.weight"  # how the names of matrices beside parts end
 # what config.json of such a model has beside the entries of its architecture
 _ENTRIES = ("per_layer_config", "auto_map", "allow_global_per_layer_attribute_access")
 # how a block of an architecture may be built
@@ -148,6 +149,12 @@ class Frame:
                     found[part] = {path: seen.lengths[path] for seen in traces for path in paths}
         return found
 
+    @cached_property
+    def shortcuts(self) -> dict[str, tuple[str, str]]:
+        """The norm in front of each part inside a block, and the part's module; none where blocks differ in that."""
+        found = [passed_parts(block) for block in self.anatomy.blocks]
+        return found[0] if all(each == found[0] for each in found) else {}
+
     def render(self) -> str:
         """The file. Raises RequestError for an architecture that it could not serve."""
         text = Path(__file__).with_name("modeling_heterogeneous.txt").read_text(encoding="utf-8")
@@ -166,6 +173,7 @@ class Frame:
             blocks=path,
             blocks_of_body=path.removeprefix(f"{self.model.base_model_prefix}."),
             parts=json.dumps(self.parts),
+            shortcuts=json.dumps(self.shortcuts),
             arguments=self.arguments,
         )
 
@@ -192,6 +200,34 @@ def part_modules(block: Block, part: str) -> tuple[str, ...]:
     # its matrices stand in the block itself, one by one: with each of them silent nothing is left to add
     names = dict.fromkeys(part.parameter for part in (found.gate, found.up, found.down) if part)
     return tuple(name[inside:].rpartition(".")[0] for name in names)
+
+
+def passed_parts(block: Block) -> dict[str, tuple[str, str]]:
+    """The parts that the stream passes one after the other, each as the paths in the block of the norm that reads the stream
+    in front of it and of the module whose output is added to the stream; none where that is not known.
+    """
+    layer, attention = block.feed_forward, block.attention
+    modules = {part: part_modules(block, part) for part in (ATTENTION, FEED_FORWARD)}
+    alone = all(len(paths) == 1 for paths in modules.values())
+    if not layer or not attention or not layer.norm_module or block.parallel is not False or not alone:
+        return {}
+    norms = {name.rpartition(".")[0] for name in block.norms if not name.startswith(f"{attention.module}.")}
+    before = norms - {layer.norm_module}
+    if len(before) != 1 or layer.norm_module not in norms:
+        return {}
+    inside = len(block.path) + 1
+    found = {ATTENTION: before.pop(), FEED_FORWARD: layer.norm_module}
+    return {part: (norm[inside:], modules[part][0]) for part, norm in found.items()}
+
+
+def shortcut_names(block: Block) -> dict[str, str]:
+    """The parameters, by name in the model, that turn the stream beside each part of a block."""
+    return {part: f"{block.path}.{part}{SHORTCUT}" for part in passed_parts(block)}
+
+
+def is_turned(anatomy: Anatomy) -> bool:
+    """Whether matrices turn the residual stream beside parts of its blocks, so that it has a basis of its own at each."""
+    return any(name.endswith(SHORTCUT) for block in anatomy.blocks for name in block.parameters)
 
 
 def part_parameters(block: Block, part: str) -> tuple[str, ...]:
@@ -224,8 +260,21 @@ def nothings(plain: Frame, part: str) -> dict[str, Callable[[int], nn.Module]]:
 def frame(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> Frame | None:
     """The architecture behind a config.json, plain or of ours; None where transformers has no class for it."""
     plain = plain_config(raw)
+    try:
+        return _frame(json.dumps(plain, sort_keys=True), kind)  # type: ignore[arg-type]  # a class can be hashed
+    except TypeError:  # a live configuration may hold anything
+        return _frame_of(plain, kind)
+
+
+def _frame_of(plain: Mapping[str, Any], kind: type[PretrainedConfig]) -> Frame | None:
     whole: Any = getattr(transformers, next(iter(plain.get("architectures") or []), ""), None)
-    return Frame(whole, kind.from_dict(plain)) if hasattr(whole, "_from_config") else None
+    return Frame(whole, kind.from_dict(dict(plain))) if hasattr(whole, "_from_config") else None
+
+
+@lru_cache(maxsize=4)
+def _frame(plain: str, kind: type[PretrainedConfig]) -> Frame | None:
+    """Kept, because a run asks for the same again and again, and running a network on fake tensors takes seconds."""
+    return _frame_of(json.loads(plain), kind)
 
 
 def model_files(raw: Mapping[str, Any], kind: type[PretrainedConfig]) -> dict[str, str]:

@@ -1,8 +1,12 @@
-"""The residual stream in another orthonormal basis, of fewer directions: one for the whole network.
+"""The residual stream in other orthonormal bases, of fewer directions: one for the whole network, or one for each place.
 
 An RMSNorm without scale commutes with a rotation, so x → Qᵀx changes nothing once scales are moved into the matrices that
 read the norm: readers W become W diag(γ) Q, writers Qᵀ W, embeddings E Q (SliceGPT, arXiv:2401.15024). What is left of the
 norm is a constant, by which it divides by all h channels though it has only d.
+
+A place is where a norm reads the stream: 2l in front of the attention of block l, 2l + 1 in front of its feed-forward, and
+last in front of the head. Where bases differ, what is added to the stream is written in the basis of the next place, and the
+stream itself is turned into it beside the part, by Qᵀ Q' (`bases.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 
 from secateur.errors import RequestError
 from secateur.network.anatomy import Block
+from secateur.network.bases import Bases
 from secateur.network.channels import Channels, centres
 from secateur.network.recognise import tied_groups
 from secateur.network.source import Source
@@ -32,22 +37,22 @@ class Roles:
 
     Args:
         embeddings: (rows, h) that are added to it.
-        readers: matrices that read it behind a norm, and that norm's scale; {parameter: (dimension of the stream, scale)}.
-        writers: matrices and biases that are added to it; {parameter: dimension of the stream}.
+        readers: matrices that read it behind a norm; {parameter: (dimension of the stream, that norm's scale, place)}.
+        writers: matrices and biases that are added to it; {parameter: (dimension of the stream, next place)}.
         scales: of norms; {parameter: what the norm adds to it before it multiplies: 0, or 1}.
         untied: the head where it shares the embedding, which afterwards it cannot.
     """
 
     embeddings: tuple[str, ...]
-    readers: Mapping[str, tuple[int, str]]
-    writers: Mapping[str, int]
+    readers: Mapping[str, tuple[int, str, int]]
+    writers: Mapping[str, tuple[int, int]]
     scales: Mapping[str, float]
     untied: str | None
 
 
 def find_roles(source: Source, channels: Channels) -> Roles:
     """Raises RequestError where the network cannot be rotated as a whole."""
-    network, readers, writers = source.anatomy, dict[str, tuple[int, str]](), dict[str, int]()
+    network, readers, writers = source.anatomy, dict[str, tuple[int, str, int]](), dict[str, tuple[int, int]]()
 
     def refuse(what: str) -> RequestError:
         return RequestError(f"{source.spec} cannot be rotated: {what}; choose a method that cuts channels as they are.")
@@ -66,19 +71,22 @@ def find_roles(source: Source, channels: Channels) -> Roles:
         before = [name for name in norms if name != layer.norm] or norms
         if layer.norm is None or len(norms) > 2 or len(before) != 1:
             raise refuse(f"{block.path} has norms that are not simply in front of attention and feed-forward layer")
+        place = 2 * block.index
         for part in filter(None, (layer.gate, layer.up)):
-            readers[part.parameter] = (1 - part.dim, layer.norm)
+            readers[part.parameter] = (1 - part.dim, layer.norm, place + 1)
         for name in (*attention.q, *attention.k, *attention.v):
-            readers[name] = (channels.dims[name][0], before[0])
-        writers |= {name: channels.dims[name][0] for name in (layer.down.parameter, *attention.o)}
+            readers[name] = (channels.dims[name][0], before[0], place)
+        writing = dict.fromkeys(attention.o, place + 1) | {layer.down.parameter: place + 2}
+        writers |= {name: (channels.dims[name][0], after) for name, after in writing.items()}
+        modules = {name.rpartition(".")[0]: after for name, after in writing.items()}
         writers |= {
-            name: 0
+            name: (0, modules[name.rpartition(".")[0]])
             for name in _vectors(source, block, channels)
-            if name not in norms and name.rpartition(".")[0] in {matrix.rpartition(".")[0] for matrix in writers}
+            if name not in norms and name.rpartition(".")[0] in modules
         }
     if network.head is None or len(network.norms) != 1:
         raise refuse("it has not exactly one norm in front of its head")
-    readers[network.head] = (channels.dims[network.head][0], network.norms[0])
+    readers[network.head] = (channels.dims[network.head][0], network.norms[0], 2 * len(network.blocks))
     embeddings = tuple(name for name in network.embeddings if name in channels.dims)
     scales = {f"{path}.{name}": _added(source.skeleton.get_submodule(path)) for path in channels.norms
               for name, _ in source.skeleton.get_submodule(path).named_parameters()}  # fmt: skip
@@ -94,68 +102,69 @@ def find_roles(source: Source, channels: Channels) -> Roles:
 
 
 def rotated(
-    roles: Roles, basis: Tensor, names: Sequence[str], read: Callable[[str], Tensor], embeddings: float = 1.0
+    roles: Roles, bases: Bases, names: Sequence[str], read: Callable[[str], Tensor], embeddings: float = 1.0
 ) -> dict[str, Tensor]:
-    """The parameters of the network in the new basis, float32, of those named that change.
+    """The parameters of the network in the new bases, float32, of those named that change.
 
     Args:
-        basis: (h, d) orthonormal columns.
         read: gives any parameter as it was.
         embeddings: what the narrower network multiplies them by, relative to the whole one.
     """
     found: dict[str, Tensor] = {}
-    factor = (basis.shape[0] / basis.shape[1]) ** 0.5
     for name in names:
         if name in roles.embeddings:
-            found[name] = ((read(name).double() @ basis) / embeddings).float()
+            found[name] = ((read(name).double() @ bases.at(0)) / embeddings).float()
         elif name in roles.readers:
-            dim, scale = roles.readers[name]
-            weights = (read(scale).double() + roles.scales[scale])[:, None] * basis
+            dim, scale, place = roles.readers[name]
+            weights = (read(scale).double() + roles.scales[scale])[:, None] * bases.at(place)
             found[name] = _along(read(name), dim, weights)
         elif name in roles.writers:
-            found[name] = _along(read(name), roles.writers[name], basis)
+            dim, place = roles.writers[name]
+            found[name] = _along(read(name), dim, bases.at(place))
         elif name in roles.scales:
-            found[name] = torch.full((basis.shape[1],), factor - roles.scales[name])
+            found[name] = torch.full((bases.kept,), (bases.of / bases.kept) ** 0.5 - roles.scales[name])
     return found
 
 
-def projected(roles: Roles, basis: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of the source's architecture whose stream holds nothing but what lies in the basis: x → Q Qᵀ x.
+def projected(roles: Roles, bases: Bases, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of the source's architecture that add nothing to its stream but what lies in the basis of the next place:
+    x → Q Qᵀ x.
 
     Shares nothing with `rotated` but who writes to the stream: scales and readers stay as they are.
     """
-    keep = basis @ basis.T
     found = dict(tensors)
     for name, tensor in tensors.items():
         if name in roles.embeddings:
-            found[name] = (tensor.double() @ keep).to(tensor.dtype)
+            found[name] = _within(tensor, -1, bases.at(0))
         elif name in roles.writers:
-            found[name] = (tensor.double().movedim(roles.writers[name], -1) @ keep).movedim(-1, roles.writers[name])
-            found[name] = found[name].to(tensor.dtype)
+            dim, place = roles.writers[name]
+            found[name] = _within(tensor, dim, bases.at(place))
     return found
 
 
 def lifted(
-    roles: Roles, basis: Tensor, tensors: Mapping[str, Tensor], names: Sequence[str], embeddings: float = 1.0
+    roles: Roles, bases: Bases, tensors: Mapping[str, Tensor], names: Sequence[str], embeddings: float = 1.0
 ) -> dict[str, Tensor]:
     """Rotated parameters, rounded as they are written, as parameters of the source's architecture, in which the stream lies
-    in the basis: x → Q x. For norms whose input is `stretched`.
+    in the bases: x → Q x. For norms whose input is `stretched`.
 
     tensors: parameters by name, those of `names` at least, rotated where a role says so.
     """
     found = {name: tensors[name] for name in names}
-    factor = (basis.shape[0] / basis.shape[1]) ** 0.5
+    factor = (bases.of / bases.kept) ** 0.5
     for name in names:
         tensor = tensors[name]
         if name in roles.embeddings:
-            found[name] = ((tensor.double() @ basis.T) * embeddings).float()
+            found[name] = ((tensor.double() @ bases.at(0).T) * embeddings).float()
         elif name in roles.readers:
-            found[name] = _along(tensor, roles.readers[name][0], basis.T)
+            dim, _, place = roles.readers[name]
+            found[name] = _along(tensor, dim, bases.at(place).T)
         elif name in roles.writers:
-            found[name] = _along(tensor, roles.writers[name], basis.T)
+            dim, place = roles.writers[name]
+            found[name] = _along(tensor, dim, bases.at(place).T)
         elif name in roles.scales:
             scale = (float(tensor[0]) + roles.scales[name]) / factor - roles.scales[name]
-            found[name] = torch.full((basis.shape[0],), scale)
+            found[name] = torch.full((bases.of,), scale)
     return found
 
 
@@ -209,3 +218,8 @@ def _added(module: nn.Module) -> float:
 def _along(tensor: Tensor, dim: int, weights: Tensor) -> Tensor:
     """A tensor whose dimension of h numbers becomes the d combinations that (h, d) weights say."""
     return (tensor.double().movedim(dim, -1) @ weights).movedim(-1, dim).float().contiguous()
+
+
+def _within(tensor: Tensor, dim: int, basis: Tensor) -> Tensor:
+    """A tensor with nothing along a dimension but what lies in a basis, in its own dtype."""
+    return ((tensor.double().movedim(dim, -1) @ basis) @ basis.T).movedim(-1, dim).to(tensor.dtype)

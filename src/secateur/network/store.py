@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 from secateur.errors import RequestError
 from secateur.files import atomic, write_json
 from secateur.network.anatomy import AXES, Axis, Block, Group
-from secateur.network.heterogeneous import BlockShape, heterogeneous_config
-from secateur.network.modelling_file import FILE, is_heterogeneous, model_files, plain_config
+from secateur.network.heterogeneous import BlockShape, heterogeneous_config, skeleton_of
+from secateur.network.modelling_file import FILE, frame, is_heterogeneous, model_files, plain_config
 from secateur.network.source import Source, skeleton
 
 logger = logging.getLogger(__name__)
@@ -280,6 +280,14 @@ def build(source: Source, raw: Mapping[str, Any]) -> nn.Module | None:
         return None
     finally:
         transformers_logging.set_verbosity(said)
+
+
+def build_own(source: Source, raw: Mapping[str, Any]) -> nn.Module:
+    """The skeleton that a configuration made here describes, one with a file of code too, which need not be written yet."""
+    found = frame(raw, type(source.config)) if is_heterogeneous(raw) else None
+    model = build(source, raw) if found is None else skeleton_of(found, raw)
+    assert model is not None, "the configuration was found by building it"
+    return model
 
 
 def _shapes(source: Source, raw: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:

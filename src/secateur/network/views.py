@@ -10,6 +10,7 @@ from torch import Tensor
 
 from secateur.errors import RequestError
 from secateur.network.anatomy import AXES, Axis, FeedForward, Group, Slice
+from secateur.network.bases import Bases
 from secateur.network.channels import find_channels
 from secateur.network.shapes import Shapes
 from secateur.network.source import Source
@@ -42,11 +43,13 @@ class Plan:
 
     channels: (k,) sorted indices of the channels of the residual stream that stay, in all blocks and outside; None for all.
     basis: (h, d) instead of these, orthonormal directions of the residual stream, to which the network is rotated.
+    bases: instead of one, those that were kept for each place of it.
     """
 
     cuts: dict[tuple[int, Axis], Cut] = field(default_factory=dict)
     channels: Tensor | None = None
     basis: Tensor | None = None
+    bases: Bases | None = None
 
 
 class Units:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from secateur.errors import RequestError
-from secateur.network.anatomy import Axis
+from secateur.network.anatomy import NEURON_AXES, Axis
 from secateur.network.blocks import lacking
 from secateur.network.channels import channels_config, find_channels
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
@@ -128,7 +128,7 @@ def _check_order(before: Sequence[Step], step: Step, uneven: Step | None) -> Non
         )
     for earlier in before:
         if earlier.registered.scope == "blocks" and (part := earlier.parameters["part"]) != BLOCK:
-            units = ("neurons",) if part == FEED_FORWARD else ("heads", "queries", "head_dims")
+            units = NEURON_AXES if part == FEED_FORWARD else ("heads", "queries", "head_dims")
             if lost := [axis for axis in asked_axes(step) if axis in units]:
                 raise RequestError(
                     f"{step.method} cuts {lost[0]} of every block, but {earlier.method} before it removes the "

@@ -123,9 +123,10 @@ COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
         "axis": (
             Axes,
             ["neurons"],
-            "which units: neurons of the feed-forward layer, heads of attention (those that share keys and values go "
-            "together), queries (single query heads, as many of each that share keys and values), head_dims (dimensions "
-            "inside heads, in the twos that positions turn), experts of a mixture, or a list of them",
+            "which units: neurons of the feed-forward layer (of a mixture those inside every expert, each its own, and "
+            "inside shared experts), heads of attention (those that share keys and values go together), queries (single "
+            "query heads, as many of each that share keys and values), head_dims (dimensions inside heads, in the twos that "
+            "positions turn), expert_neurons (those inside routed experts alone), experts of a mixture, or a list of them",
         ),
         "ratios": (list[Ratio] | None, None, "one ratio for each block, instead of `ratio`"),
         "multiple_of": (

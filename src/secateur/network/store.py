@@ -73,16 +73,26 @@ def resized_config(source: Source, sizes: Sizes, plain: bool = False) -> dict[st
         return raw
     common = plain_config(raw)
     unsaid: list[Axis] = []
-    together: tuple[tuple[Axis, ...], ...] = (("heads", "queries"), ("neurons",), ("expert_neurons",), ("experts",))
-    dims = {axes: _dims(blocks, axes) for axes in together}
-    for axes in together:
+    mixtures = [block for block in blocks if block.experts]
+    # each has entries of its own: experts that all tokens go through are mostly not as wide as layers of blocks without
+    together: list[tuple[tuple[Axis, ...], Sequence[Block]]] = [
+        (("heads", "queries"), blocks),
+        (("neurons",), [block for block in blocks if not block.experts]),
+        (("neurons",), mixtures),
+        (("expert_neurons",), mixtures),
+        (("experts",), mixtures),
+    ]
+    dims = [_dims(some, axes) for axes, some in together]
+    for place, (axes, some) in enumerate(together):
         # experts and neurons inside them lie across each other in the same tensors
-        free = {where for others in together if others != axes for where in dims[others]} - dims[axes]
-        names = {name for name, _ in dims[axes]}
+        free = set().union(*dims[:place], *dims[place + 1 :]) - dims[place]
+        names = {name for name, _ in dims[place]}
         if "heads" in axes:
             tries = _heads(common, source, new, _overridden(raw))
         else:
-            tries = _widths(common, source, old[axes[0]], new[axes[0]], _overridden(raw))
+            here = {block.index for block in some}
+            was, now = ({i: n for i, n in sizes[axes[0]].items() if i in here} for sizes in (old, new))
+            tries = _widths(common, source, was, now, _overridden(raw)) if now else iter(())
         changed = next(
             (each for each in chain((common,), tries) if _agree(_shapes(source, each), wanted, names, free)), None
         )

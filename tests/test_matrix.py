@@ -41,6 +41,8 @@ QUICK = {
     "layer_drop": {"metric": "perplexity"},
     "bonsai": {"submodels": 4, "sequences": 1, "prior_sequences": 1, "per_round": 0.1},
     "minitron": {"multiple_of": 16},
+    "random_units": {"multiple_of": 16},
+    "magnitude_units": {"multiple_of": 16},
     "slicegpt": {"multiple_of": 16},
     "divergent_tokens": {"prompts": 3, "prompt": 4, "continuation": 6, "levels": [0.3, 0.6, 0.9]},
 }

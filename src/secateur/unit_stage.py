@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.block_stage import BlockStage, Loaded, errors
 from secateur.calibration.passes import Passes, Rows
 from secateur.calibration.samples import Samples
-from secateur.calibration.statistics import Statistics
+from secateur.calibration.statistics import UNSEEN, Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
 from secateur.calibration.unit_gradients import (
     UnitGradients,
@@ -27,14 +27,15 @@ from secateur.errors import RunError
 from secateur.files import write_text
 from secateur.head_dim_choice import choose_head_dims, time_head_dims
 from secateur.network.anatomy import AXES, Axis, Block
+from secateur.network.channel_views import ChannelUnits
 from secateur.network.matrices import MatrixRef, view
 from secateur.network.surgery import remade, silence_tensors
-from secateur.network.views import Cut, Units, Update, norm_products, units_of
+from secateur.network.views import Cut, Plan, Units, Update, norm_products, units_of
 from secateur.solving import relative_error
 from secateur.unit_allocation import Scored, allocated, divider
 from secateur.unit_budgets import Sizes
 from secateur.unit_scores import score_units
-from secateur.units import asked_axes, output_matrices, planned_sizes
+from secateur.units import asked_axes, cuts_channels, output_matrices, planned_channels, planned_sizes
 
 
 @dataclass
@@ -67,7 +68,11 @@ class UnitStage(CutStage, BlockStage):
     def seconds(self) -> float:
         begun = time.time()
         self._collect()
-        if not self.refs:  # dimensions inside heads alone, which no walk decides
+        if cuts_channels(self.step):
+            self._choose_channels(self._context("method"))
+        if not self.refs:  # dimensions inside heads alone, or channels, which no walk decides
+            if "head_dims" not in asked_axes(self.step):
+                return time.time() - begun
             drawn = self._drawn() if self.solver.statistics else None
             return time.time() - begun + time_head_dims(self, drawn, self._context("method"))
         if self.solver.gradients:
@@ -99,7 +104,21 @@ class UnitStage(CutStage, BlockStage):
         if "head_dims" in asked_axes(self.step):
             samples = self._samples() if self.solver.statistics else None
             self._once("head-dims", lambda context: choose_head_dims(self, samples, context))
+        if cuts_channels(self.step):
+            self._once("channels", self._choose_channels)
         super()._prepare()
+
+    def _choose_channels(self, context: Context) -> dict[str, Any]:
+        """Which channels of the stream stay: asked once, for the whole network."""
+        keep = planned_channels(self.source, self.step)
+        assert keep is not None, "what cuts units has a ratio"
+        units = ChannelUnits(self.source, self.cuts.where, keep, self.device)
+        cut: Cut = self.solver.ask({Units: units, Context: context}, UNSEEN, units.name)
+        if cut.count != keep:
+            raise RunError(f"{self.step.method}: {cut.count} channels were kept, not {keep}.")
+        if keep < units.count and processes()[0] == 0:
+            self.cuts.save_stream(Plan(channels=cut.kept.cpu()))
+        return {}
 
     def _allocate(self) -> None:
         """Divides the budget among the blocks, once; without an allocation all are treated alike."""

@@ -43,6 +43,8 @@ def present_sizes(source: Source, step: Step) -> Sizes:
     Raises RequestError naming the first block whose units a method cannot see, or that has but one.
     """
     sizes: Sizes = {}
+    if cuts_channels(step) and step.registered.scope == "units":
+        _check_channels(step)
     if {"heads", "queries"} <= set(asked_axes(step)):
         raise RequestError(
             f"{step.method}: which queries there are follows from the heads, so one step cannot cut both; make two of it."
@@ -94,7 +96,7 @@ def present_sizes(source: Source, step: Step) -> Sizes:
             f"{step.method}: neurons inside experts go with their experts, so one step cannot cut both; make two of it."
         )
     sizes = {axis: units for axis, units in sizes.items() if units or axis not in ("neurons", "expert_neurons")}
-    if not sizes:
+    if not sizes and not cuts_channels(step):
         raise RequestError(
             f"{step.method} cuts neurons inside experts, but no block of {source.spec} holds a mixture of them."
         )
@@ -152,6 +154,21 @@ def planned_channels(source: Source, step: Step, before: int | None = None) -> i
         return None
     ratio = (parameters.get("ratios") or {}).get("channels", parameters["ratio"])
     return round_width(before or source.anatomy.hidden, ratio, parameters.get("multiple_of", 1))
+
+
+def _check_channels(step: Step) -> None:
+    """Raises RequestError where a step has a budget in which channels cannot be counted, block by block as others are."""
+    asked = step.parameters
+    if name := next((name for name in ("ratios", "allocation", "target") if asked.get(name)), None):
+        raise RequestError(
+            f"{step.method}: all blocks share the channels of the residual stream, so {name} does not go with them; give "
+            "one ratio, or cut them in a step of their own."
+        )
+    if asked.get("of", "units") != "units":
+        raise RequestError(
+            f"{step.method}: channels lie across all other units, so of={asked['of']} does not tell how many go; leave `of` "
+            "out, or let minitron look for a shape (target)."
+        )
 
 
 def output_matrices(source: Source, axes: Sequence[Axis]) -> dict[int, list[MatrixRef]]:

@@ -18,15 +18,16 @@ from secateur.registry import Cut, Units, method
     speedup="universal",
     criterion="magnitude",
     schedule="one-shot",
-    axes=AXES,
+    axes=(*AXES, "channels"),
 )
 def magnitude_units(units: Units, *, norm: Literal["first", "all"] = "first") -> Cut:
     """Keeps the units with the largest weight norms.
 
     Args:
-        norm: first takes the unit's rows of the first matrix (gate, query), of an expert all its matrices as one; all takes
-            the product of the norms of its rows in every matrix and of its output columns, of an expert its router row, of
-            a pair of dimensions inside heads those of queries and of keys.
+        norm: first takes the unit's rows of the first matrix (gate, query, of a channel the embeddings), of an expert all
+            its matrices as one; all takes the product of the norms of its rows in every matrix and of its output columns, of
+            an expert its router row, of a pair of dimensions inside heads those of queries and of keys, of a channel all
+            that lies behind the embeddings as one.
     """
     if norm == "all":
         return units.best(norm_products(units))

@@ -190,7 +190,9 @@ def test_experts_are_described(name: str, live: dict[str, Any]) -> None:
             assert block.kind == "transformer" and block.feed_forward is not None and block.experts is None
             assert block.feed_forward.norm == f"{block.path}.post_attention_layernorm.weight"
             continue
-        assert block.kind == "moe" and block.feed_forward is None and block.experts is not None
+        assert block.kind == "moe" and block.experts is not None and block.experts.neurons is not None
+        shared = block.feed_forward and (block.feed_forward.units, block.feed_forward.norm)
+        assert shared == ((128, f"{block.path}.post_attention_layernorm.weight") if name == "qwen2_moe" else None)
         assert (block.experts.count, block.experts.width) == (4, EXPERTS[name])
         assert block.experts.module == f"{block.path}.mlp.experts"
         assert block.experts.router == f"{block.path}.mlp.gate.weight"

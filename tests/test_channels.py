@@ -236,3 +236,51 @@ def test_a_budget_behind_a_cut_of_channels_is_counted_there(
     secateur.compress(model("llama"), recipe=parsed, output=tmp_path / "two", evaluate=False, clean=clean)
     reached = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "two").parameters())
     assert abs(reached - (count - 2000)) <= 3 * 3 * KEPT, "a neuron of every block"
+
+
+@pytest.mark.parametrize("norm", ["first", "all"])
+def test_channels_of_small_numbers_go(norm: str) -> None:
+    """By the embeddings alone, or by these times everything that lies behind them."""
+    model = tiny.make("llama")
+    embedded, behind = model.model.embed_tokens.weight.detach(), torch.zeros(tiny.HIDDEN)
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" not in name:
+            writes = name.endswith(("norm.weight", "o_proj.weight", "down_proj.weight"))
+            rows = parameter.detach() if writes else parameter.detach().T
+            behind += rows.reshape(tiny.HIDDEN, -1).square().sum(1)
+    scores = embedded.norm(dim=0) * (behind.sqrt() if norm == "all" else 1)
+    given = {"axis": "channels", "ratio": 0.25, "multiple_of": 16, "norm": norm}
+    result = secateur.compress(model, "magnitude_units", given).model
+    kept = scores.argsort(descending=True)[:KEPT].sort().values
+    assert torch.equal(result.model.embed_tokens.weight, embedded[:, kept])
+
+
+def test_drawn_channels_are_those_that_are_cut(model: Callable[..., Path], tmp_path: Path, clean: CleanProcess) -> None:
+    """The reload check inside compares with the network whose other channels are silent."""
+    given = {"axis": ["heads", "channels"], "ratio": 0.25, "multiple_of": 16}
+    kept = []
+    for seed in (0, 1):
+        output = tmp_path / str(seed)
+        said = secateur.compress(
+            model("qwen3"), "random_units", given, output=output, evaluate=False, seed=seed, clean=clean
+        ).receipt
+        kept.append(kept_of(output).tolist())
+        assert said["decisions"][0]["channels"] == {"kept": KEPT, "of": tiny.HIDDEN}
+        assert json.loads((output / "config.json").read_text())["hidden_size"] == KEPT
+    assert kept[0] != kept[1] and len(kept[0]) == KEPT
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        ("random_units", {"ratios": [0.1, 0.1, 0.1]}, "ratios does not go with them"),
+        ("magnitude_units", {"of": "parameters"}, "lie across all other units"),
+        ("wanda_units", {}, "only, not channels"),
+    ],
+)
+def test_what_does_not_go_with_channels_is_refused(
+    method: str, given: dict[str, Any], said: str, model: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(secateur.RequestError, match=said):
+        secateur.compress(model("llama"), method, {"axis": "channels", **given}, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

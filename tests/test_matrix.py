@@ -18,9 +18,10 @@ from secateur.registry import methods
 
 # `make test` runs two architectures, .ci/run all of them.
 FIRST = ("llama", "gpt2")
-# No feed-forward of its own, or a width that its configuration cannot say: every method that cuts neurons must refuse these.
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_mixed", "olmoe")
-REFUSED = ("bloom", *MIXTURES, "mamba")
+# No feed-forward, or a width that its configuration cannot say: every method that cuts neurons must refuse these, and of
+# mixtures every method that cuts none inside experts.
+REFUSED = ("bloom", "mamba")
 # Heads cannot go: all of them share keys and values or a norm, or the configuration ties their number to the hidden size
 # (that of a llama asks that they divide it, which three heads of 64 channels do not).
 NO_HEADS = (
@@ -40,6 +41,8 @@ QUICK = {
     "layer_drop": {"metric": "perplexity"},
     "bonsai": {"submodels": 4, "sequences": 1, "prior_sequences": 1, "per_round": 0.1},
     "minitron": {"multiple_of": 16},
+    "random_units": {"multiple_of": 16},
+    "magnitude_units": {"multiple_of": 16},
     "slicegpt": {"multiple_of": 16},
     "divergent_tokens": {"prompts": 3, "prompt": 4, "continuation": 6, "levels": [0.3, 0.6, 0.9]},
 }
@@ -83,12 +86,16 @@ def _axes(method: str, name: str) -> list[str]:
     """The units that it can cut there; query heads and dimensions inside heads, which are not cut beside heads, have test
     files of their own.
     """
-    experts = set(tiny.ARCHITECTURES) - set(MIXTURES)
-    refused = {"neurons": REFUSED, "heads": NO_HEADS, "channels": NO_CHANNELS, "experts": experts}
+    axes = methods()[method].axes
+    others = set(tiny.ARCHITECTURES) - set(MIXTURES)
+    neurons = REFUSED if "expert_neurons" in axes else (*REFUSED, *MIXTURES)
+    # experts go with their neurons, so those of mixtures are cut where experts are not
+    experts = {*others, *(MIXTURES if "expert_neurons" in axes else ())}
+    refused = {"neurons": neurons, "heads": NO_HEADS, "channels": NO_CHANNELS, "experts": experts}
     if method == "slicegpt" and name in NO_ROTATION:
         return []
-    apart = ("queries", "head_dims")
-    return [axis for axis in methods()[method].axes if axis not in apart and name not in refused[axis]]
+    apart = ("queries", "head_dims", "expert_neurons")
+    return [axis for axis in axes if axis not in apart and name not in refused[axis]]
 
 
 # What a method leaves alone: experts of the dense network and of the pruned one get other tokens.
@@ -131,13 +138,29 @@ def _check_cut(source: Path, axes: list[str], dense: torch.nn.Module, result: to
         assert not attention
     banks = {part.parameter for block in blocks if block.experts for part in block.experts.group.slices}
     experts = sum(removed[name] for name in banks)
-    # one of four goes
-    assert experts * 4 == ("experts" in axes) * sum(dense.get_parameter(name).numel() for name in banks)
-    per_neuron = (sum(removed.values()) - attention - experts) / (tiny.UNITS - WIDTH) / len(blocks)
-    if "neurons" in axes:
+    if "experts" in axes:  # one of four goes
+        assert experts * 4 == sum(dense.get_parameter(name).numel() for name in banks)
+    elif "neurons" in axes:
+        assert experts == sum(_inside_experts(block, result) for block in blocks if block.experts)
+    else:
+        assert not experts
+    own = [block for block in blocks if block.feed_forward and block.feed_forward.units == tiny.UNITS]
+    shared = [block for block in blocks if block.feed_forward and block.experts]
+    fewer = sum(removed[part.parameter] for block in shared for part in block.feed_forward.group.slices[-1:])
+    assert fewer == ("neurons" in axes) * len(shared) * tiny.HIDDEN * 32, "of 128 neurons 96 stay"
+    left = sum(removed.values()) - attention - experts - 3 * fewer
+    per_neuron = left / (tiny.UNITS - WIDTH) / max(len(own), 1)
+    if "neurons" in axes and own:
         assert per_neuron == int(per_neuron) >= 2 * tiny.HIDDEN, "whole neurons are gone, and nothing else"
     else:
         assert not per_neuron
+
+
+def _inside_experts(block: Block, result: torch.nn.Module) -> int:
+    """How many numbers its experts lose where each keeps the multiple of 32 neurons that is nearest to four of five."""
+    width = {96: 64, tiny.UNITS: WIDTH}[block.experts.width]
+    assert result.get_parameter(f"{block.experts.module}.down_proj").shape == (4, tiny.HIDDEN, width)
+    return 4 * (block.experts.width - width) * 3 * tiny.HIDDEN
 
 
 def _check_uneven(source: Path, axes: list[str], dense: torch.nn.Module, result: torch.nn.Module) -> None:

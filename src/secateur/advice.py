@@ -33,7 +33,7 @@ MISSED = 0.01
 """Fraction of the budget by which a run may miss it unsaid."""
 TILE = 32
 """Matrix kernels work in tiles of this many numbers, or multiples of it."""
-ONES = ("neurons",)
+ONES = ("neurons", "expert_neurons")
 """Kinds of units that are single columns of a matrix: heads and experts are wide already."""
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from secateur.errors import RequestError
-from secateur.network.anatomy import Axis
+from secateur.network.anatomy import NEURON_AXES, Axis
 from secateur.network.blocks import lacking
 from secateur.network.channels import channels_config, find_channels
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
@@ -87,7 +87,7 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
             queries = {i: n // present["heads"][i] * planned["heads"][i] for i, n in sizes["queries"].items()}
             sizes = {**sizes, "queries": queries}
         sizes |= planned or {}
-        uneven = uneven or (step if _leaves_uneven(step, planned or {}) else None)
+        uneven = uneven or (step if _leaves_uneven(source, step, planned or {}) else None)
         if planned and step.parameters.get("allocation") and saved:
             resized_config(
                 source, {axis: _uneven(source, axis, _for_all(source, axis, units)) for axis, units in planned.items()}
@@ -130,11 +130,20 @@ def _check_bases(source: Source, before: Sequence[Step], step: Step) -> None:
         )
 
 
-def _leaves_uneven(step: Step, planned: Sizes) -> bool:
+def _leaves_uneven(source: Source, step: Step, planned: Sizes) -> bool:
     """Whether blocks come out with widths of their own."""
     given = step.parameters
     own_rules = "ratio" not in given or not given.get("uniform", True) or bool(given.get("allocation"))
-    return own_rules or turns(step) or any(len(set(units.values())) > 1 for units in planned.values())
+    return own_rules or turns(step) or any(_differ(source, axis, units) for axis, units in planned.items())
+
+
+def _differ(source: Source, axis: Axis, units: Mapping[int, int]) -> bool:
+    """Whether blocks that were alike are no more; shared experts and layers of blocks without may have had other widths."""
+    kept: dict[int, set[int]] = {}
+    for index, left in units.items():
+        group = source.anatomy.blocks[index].group(axis)
+        kept.setdefault(group.count if group else 0, set()).add(left)
+    return any(len(each) > 1 for each in kept.values())
 
 
 def _check_order(before: Sequence[Step], step: Step, uneven: Step | None) -> None:
@@ -151,7 +160,7 @@ def _check_order(before: Sequence[Step], step: Step, uneven: Step | None) -> Non
         )
     for earlier in before:
         if earlier.registered.scope == "blocks" and (part := earlier.parameters["part"]) != BLOCK:
-            units = ("neurons",) if part == FEED_FORWARD else ("heads", "queries", "head_dims")
+            units = NEURON_AXES if part == FEED_FORWARD else ("heads", "queries", "head_dims")
             if lost := [axis for axis in asked_axes(step) if axis in units]:
                 raise RequestError(
                     f"{step.method} cuts {lost[0]} of every block, but {earlier.method} before it removes the "

@@ -35,7 +35,7 @@ from secateur.calibration.synthetic import SyntheticGram
 from secateur.calibration.token_counts import TokenCounts
 from secateur.calibration.unit_gradients import UnitGradients
 from secateur.context import Context
-from secateur.network.anatomy import Axis
+from secateur.network.anatomy import Axis, CutAxis
 from secateur.network.blocks import Blocks, Kept
 from secateur.network.scores import ErrorCurves, UnitScores
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Plan, Units, Update, Weight
@@ -104,6 +104,10 @@ Axes = Annotated[
     list[Axis], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 ]
 """Kinds of units, one or a list."""
+CutAxes = Annotated[
+    list[CutAxis], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
+"""The same, channels of the stream among them."""
 
 # Parameters that the engine adds to every method of a scope, and decides by: {scope: {name: (type, default, help)}}.
 COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
@@ -122,17 +126,20 @@ COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
             "before `ratio`",
         ),
         "axis": (
-            Axes,
+            CutAxes,
             ["neurons"],
-            "which units: neurons of the feed-forward layer, heads of attention (those that share keys and values go "
-            "together), queries (single query heads, as many of each that share keys and values), head_dims (dimensions "
-            "inside heads, in the twos that positions turn), experts of a mixture, or a list of them",
+            "which units: neurons of the feed-forward layer (of a mixture those inside every expert, each its own, and "
+            "inside shared experts), heads of attention (those that share keys and values go together), queries (single "
+            "query heads, as many of each that share keys and values), head_dims (dimensions inside heads, in the twos that "
+            "positions turn), expert_neurons (those inside routed experts alone), experts of a mixture, channels of the "
+            "residual stream, or a list of them",
         ),
         "ratios": (list[Ratio] | None, None, "one ratio for each block, instead of `ratio`"),
         "multiple_of": (
             Annotated[int, Field(ge=1)],
             32,
-            "the neurons kept are rounded to the nearest multiple of this where the ratio allows it; 1 for none",
+            "the neurons and channels kept are rounded to the nearest multiple of this where the ratio allows it; 1 for "
+            "none",
         ),
         "allocation": (
             Annotated[Any, BeforeValidator(_other("matrices", "widths"))],

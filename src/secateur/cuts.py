@@ -160,15 +160,20 @@ class Cuts:
         """How many units of each kind stay, by block."""
         sizes: dict[Axis, dict[int, int]] = {}
         for block, axis in self.known():
-            sizes.setdefault(axis, {})[block] = len(self.read(block, axis).kept)
+            sizes.setdefault(axis, {})[block] = self.read(block, axis).count
         return sizes
 
     def decided(self) -> dict[str, Any]:
         """For the receipt: how many units stay, of how many."""
         return {
-            axis: {str(block): {"kept": kept, "of": self.group(block, axis).count} for block, kept in widths.items()}
+            axis: {str(block): self._told(block, axis, kept) for block, kept in widths.items()}
             for axis, widths in self.sizes().items()
         }
+
+    def _told(self, block: int, axis: Axis, kept: int) -> dict[str, Any]:
+        group = self.group(block, axis)
+        # of neurons inside experts these are numbers of each expert
+        return {"kept": kept, "of": group.count} | ({"experts": group.stacked} if group.stacked else {})
 
     def kept(self) -> dict[str, Tensor]:
         """The units that stay, for the file beside the model."""
@@ -441,14 +446,29 @@ class Cuts:
     def check(self, block: int, axis: Axis, cut: Cut) -> None:
         """Raises RunError naming the block when a method returned what cannot be done."""
         group = self.group(block, axis)
-        kept, where = cut.kept, f"{self._method}, block {block}"
+        if group.stacked:
+            if tuple(cut.kept.shape[:-1]) != (group.stacked,):
+                raise RunError(
+                    f"{self._method}, block {block}: nothing is said of some experts; nothing was cut there."
+                )
+            for expert in range(group.stacked):
+                self.check_expert(block, axis, expert, cut.of(expert))
+            return
+        self._check(f"block {block}", group, cut)
+        if axis == "head_dims":
+            self._check_values(f"{self._method}, block {block}", block, cut)
+
+    def check_expert(self, block: int, axis: Axis, expert: int, cut: Cut) -> None:
+        """The same for the neurons of one expert."""
+        self._check(f"block {block}, expert {expert}", self.group(block, axis).one, cut, expert=True)
+
+    def _check(self, where: str, group: Group, cut: Cut, expert: bool = False) -> None:
+        kept, where, axis = cut.kept, f"{self._method}, {where}", group.axis
         ordered = len(kept) > 0 and bool((kept[1:] > kept[:-1]).all())
         size = group.count // group.sets
         uneven = group.sets > 1 and len(set((kept // size).bincount(minlength=group.sets).tolist())) > 1
         if not ordered or int(kept[0]) < 0 or int(kept[-1]) >= group.count or uneven:
             raise RunError(f"{where}: an impossible set of {axis} was kept; nothing was cut there.")
-        if axis == "head_dims":
-            self._check_values(where, block, cut)
         if axis == "experts" and (cut.output is not None or cut.output_bias is not None):
             raise RunError(f"{where}: experts have no output matrix of their own that could be given anew.")
         hidden = self._source.anatomy.hidden
@@ -462,8 +482,8 @@ class Cuts:
                     f"{where}: {len(cut.makers)} tensors make the {axis} that were kept, not {len(group.inputs)}."
                 )
             for part, made in zip(group.inputs, cut.makers, strict=True):
-                whole = self._source.skeleton.get_parameter(part.parameter)
-                inputs = () if whole.dim() == 1 else (whole.shape[1 - part.dim],)
+                whole = tuple(self._source.skeleton.get_parameter(part.parameter).shape)[1 if expert else 0 :]
+                inputs = () if len(whole) == 1 else (whole[1 - part.dim],)
                 wanted.append((f"values of {part.parameter}", made, (len(kept), part.width, *inputs)))
         for name, tensor, shape in wanted:
             if tensor is not None and tuple(tensor.shape) != shape:

@@ -26,6 +26,7 @@ UNITS = {
     "heads": "attention heads (by shared keys and values)",
     "queries": "query heads",
     "head_dims": "pairs of dimensions inside attention heads",
+    "expert_neurons": "neurons inside each expert",
     "experts": "experts",
 }
 """What the units of an axis are called."""
@@ -328,9 +329,11 @@ def show_inspection(source: Source, console: Console) -> None:
             + (", fused" if attention.fused else "")
             if attention
             else "–",
-            f"{'gated' if inner.gate else 'plain'}, {inner.hidden} → {inner.units}"
-            if inner
-            else f"{experts.count} experts, {experts.width} wide" if experts else "–",
+            f"{experts.count} experts, {experts.width} wide"
+            + (f"; shared {inner.units}" if inner else "")
+            + ("" if experts.neurons else "; their neurons were not recognised")
+            if experts
+            else f"{'gated' if inner.gate else 'plain'}, {inner.hidden} → {inner.units}" if inner else "–",
             {True: "yes", False: "no", None: "unknown"}[block.parallel],
             f"{sum(source.skeleton.get_parameter(name).numel() for name in block.parameters):,}",
             block.note,

@@ -5,6 +5,7 @@ for, more nearly than one width for all blocks could.
 """
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from secateur.context import Context
 from secateur.errors import RequestError, RunError
-from secateur.network.anatomy import Axis
+from secateur.network.anatomy import NEURON_AXES, Axis
 from secateur.network.scores import ErrorCurves, ScoredUnits, UnitScores
 from secateur.network.source import Source
 from secateur.network.views import Allocation, Matrices, Weight
@@ -20,7 +21,17 @@ from secateur.recipe import Step
 from secateur.registry import Method, find
 from secateur.solving import Solver
 from secateur.tensor.thresholds import rounded_widths
-from secateur.unit_budgets import Measure, Sizes, counted, measure_of, sets_of, unit_cost, wanted_total
+from secateur.unit_budgets import (
+    ALIGNED,
+    Measure,
+    Sizes,
+    counted,
+    measure_of,
+    multiple_of,
+    sets_of,
+    unit_cost,
+    wanted_total,
+)
 
 Scored = Mapping[str, tuple[Tensor, Tensor | None]]
 """By the name of a block's units: their scores, and what removing them in that order does to the output."""
@@ -94,11 +105,11 @@ def _multiples(
     source: Source, step: Step, axis: Axis, alike: Mapping[int, int], counts: Mapping[int, int]
 ) -> dict[int, int]:
     """What the width of each block is a multiple of: nothing is rounded that would not be if all were treated alike."""
-    if axis != "neurons":  # one of each set goes at a time, and earlier steps may have left other numbers of sets
+    if axis not in NEURON_AXES:  # one of each set goes at a time, and earlier steps may have left other numbers of sets
         return sets_of(source, axis)
-    multiple = int(step.parameters["multiple_of"])
+    multiple = multiple_of(step, axis)
     rounded = all(kept % multiple == 0 or kept == counts[block] for block, kept in alike.items())
-    return dict.fromkeys(alike, multiple if rounded else 1)
+    return dict.fromkeys(alike, multiple if rounded else ALIGNED if axis == "expert_neurons" else 1)
 
 
 def _count(source: Source, axis: Axis, block: int) -> int:
@@ -129,23 +140,29 @@ def _by_matrices(
     sizes: list[int] = []
     owners: dict[str, tuple[Axis, int]] = {}
     for axis, block in entries:
-        group = source.anatomy.blocks[block].group(axis)
-        assert group is not None, "planned where it is"
-        for part in group.slices:
-            shape = source.skeleton.get_parameter(part.parameter).shape
+        whole = source.anatomy.blocks[block].group(axis)
+        assert whole is not None, "planned where it is"
+        group = whole.one if whole.stacked else whole
+        for expert, part in product(range(whole.stacked) if whole.stacked else (None,), group.slices):
+            shape = source.skeleton.get_parameter(part.parameter).shape[1 if whole.stacked else 0 :]
             if len(shape) != 2:
                 continue
             length, other = group.count * part.width, shape[1 - part.dim]
-            name = f"{part.parameter}[{part.offset}:{part.offset + length}]"
+            inside = "" if expert is None else f"[{expert}]"
+            name = f"{part.parameter}{inside}[{part.offset}:{part.offset + length}]"
             # outputs first, whatever is stored: what the units are made of has them as rows, what reads them as columns
             reads = part is group.output
             form = (other, length) if reads else (length, other)
 
-            def read(part: Any = part, length: int = length, reads: bool = reads) -> Tensor:
-                tensor = source.parameter(part.parameter).narrow(part.dim, part.offset, length).to(device).float()
+            def read(
+                part: Any = part, length: int = length, reads: bool = reads, expert: int | None = expert
+            ) -> Tensor:
+                name = part.parameter
+                tensor = source.parameter(name) if expert is None else source.entry(name, expert)
+                tensor = tensor.narrow(part.dim, part.offset, length).to(device).float()
                 return tensor.T if part.dim != int(reads) else tensor
 
-            makers.append(lambda n=name, b=block, f=form, r=read: Weight(n, b, None, f, r))  # type: ignore[misc]
+            makers.append(lambda n=name, b=block, e=expert, f=form, r=read: Weight(n, b, e, f, r))  # type: ignore[misc]
             sizes.append(length * other)
             owners[name] = (axis, block)
     total = round(share * sum(sizes))

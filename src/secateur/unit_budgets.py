@@ -5,13 +5,14 @@ Everything is counted from shapes, nothing is estimated from a ratio. Multiply-a
 """
 
 from collections.abc import Mapping
+from math import lcm, prod
 from typing import Any, Literal
 
 from secateur.errors import RequestError
-from secateur.evaluation.arithmetic import attention_pairs, linear_multiply_adds, multiply_adds
+from secateur.evaluation.arithmetic import attention_pairs, linear_multiply_adds, multiply_adds, visited_experts
 from secateur.evaluation.forward import maximum_positions, text_config
 from secateur.evaluation.speed import PREFILL
-from secateur.network.anatomy import AXES, Axis
+from secateur.network.anatomy import AXES, NEURON_AXES, Axis
 from secateur.network.source import Source
 from secateur.network.store import each_alone, group_left
 from secateur.network.widths import round_width
@@ -20,6 +21,9 @@ from secateur.recipe import Step
 Measure = Literal["parameters", "multiply_adds"]
 Sizes = dict[Axis, dict[int, int]]
 """How many units of each kind there are, by block."""
+ALIGNED = 8
+"""Widths of experts are multiples of it: transformers multiplies all experts at once, by kernels that want every row to
+begin at a multiple of 16 bytes, which are eight numbers in half precision."""
 
 
 def measure_of(step: Step) -> Measure | None:
@@ -59,12 +63,21 @@ def unit_cost(
             width = width * size // attention.head_dim
         if measure == "parameters":
             cost += shape.numel() // shape[part.dim] * width
+        elif axis == "expert_neurons":  # of those experts that a token goes to
+            visited = visited_experts(text_config(source.skeleton)) or 0
+            cost += tokens * visited * prod(shape[1:]) // shape[part.dim] * width if len(shape) == 3 else 0
         elif len(shape) == 2 and axis != "experts":  # a token goes to as many, and routers are not counted
             cost += tokens * shape.numel() // shape[part.dim] * width
     if measure == "multiply_adds" and axis in ("heads", "queries", "head_dims"):
         pairs = attention_pairs(text_config(source.skeleton), tokens)
         cost += 2 * heads * size * (pairs[block] if block < len(pairs) else 0)
     return cost
+
+
+def multiple_of(step: Step, axis: Axis) -> int:
+    """What the number of units that a step keeps is rounded to a multiple of."""
+    multiple = int(step.parameters.get("multiple_of", 1)) if axis in NEURON_AXES else 1
+    return lcm(multiple, ALIGNED) if axis == "expert_neurons" else multiple
 
 
 def sets_of(source: Source, axis: Axis, before: Mapping[Axis, Mapping[int, int]] | None = None) -> dict[int, int]:
@@ -194,11 +207,12 @@ def budgeted_sizes(
             {i: min(count, max(1, int((1 - ratio) * count + offset))) for i, count in units.items()}
             for offset in (0.5, 1.0, 0.0)
         ]
+        if axis in NEURON_AXES:  # beside those inside experts: in round numbers as these
+            tries.insert(0, _rounded(units, ratio, multiple_of(step, axis)))
         tries.append(dict.fromkeys(units, 1))
         planned[axis] = next(each for each in tries if 0 <= left - cut(each) <= most or each is tries[-1])
         left -= cut(planned[axis])
-    multiple = step.parameters.get("multiple_of", 1) if fine == "neurons" else 1
-    planned[fine] = _nearest(present[fine], costs[fine], left, multiple)
+    planned[fine] = _nearest(present[fine], costs[fine], left, multiple_of(step, fine))
     return {axis: {i: kept * sets[axis][i] for i, kept in units.items()} for axis, units in planned.items()}
 
 
@@ -209,7 +223,7 @@ def _nearest(units: Mapping[int, int], costs: Mapping[int, int], remove: int, mu
     """
 
     def widths(ratio: float) -> dict[int, int]:
-        return {i: round_width(count, min(ratio, 1 - 1 / count), multiple) for i, count in units.items()}
+        return _rounded(units, ratio, multiple)
 
     def removed(ratio: float) -> int:
         return sum(costs[i] * (units[i] - kept) for i, kept in widths(ratio).items())
@@ -219,6 +233,10 @@ def _nearest(units: Mapping[int, int], costs: Mapping[int, int], remove: int, mu
         middle = (low + high) / 2
         low, high = (middle, high) if removed(middle) <= remove else (low, middle)
     return widths(min((low, high), key=lambda ratio: abs(removed(ratio) - remove)))
+
+
+def _rounded(units: Mapping[int, int], ratio: float, multiple: int) -> dict[int, int]:
+    return {i: round_width(count, min(ratio, 1 - 1 / count), multiple) for i, count in units.items()}
 
 
 def asked_for(step: Step) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One walk through the dense network in which the units of every block are scored, and nothing is cut."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,9 +68,14 @@ def _score(stage: "UnitStage", block: Block, passes: Passes | None, curves: bool
     refs: Sequence[MatrixRef] = stage.refs[block.index]
     chooser, found = chooser_of(stage.solver), dict[str, Tensor]()
 
+    inside: dict[tuple[str, int], Tensor] = {}
+
     def settle(ref: MatrixRef, seen: Statistics, rows: Rows | None = None) -> None:
         axis: Axis = ref.role  # type: ignore[assignment]
-        units = stage.units(block.index, axis)
+        units = stage.units(block.index, axis, ref.expert)
+        if ref.expert is not None and chooser.statistics and not seen.tokens:
+            inside[axis, ref.expert] = torch.zeros(units.count)  # nothing is lost with an expert that no token reaches
+            return
         if (curves or chooser.statistics) and not seen.tokens:
             raise RunError(f"{units.name}: no calibration token reached it, so nothing is known of its units.")
         chooser.ask(stage.given(units, stage.context(f"block-{block.index}")), seen, units.name)
@@ -78,6 +83,9 @@ def _score(stage: "UnitStage", block: Block, passes: Passes | None, curves: bool
             raise no_scores(stage.step, chooser)
         if not bool(torch.isfinite(units.scores).all()):
             raise RunError(f"{chooser.method.name}, {units.name}: the scores are not finite; check the model.")
+        if ref.expert is not None:
+            inside[axis, ref.expert] = units.scores.cpu()
+            return
         found[f"{axis}.scores"] = units.scores.cpu()
         if curves:
             gram: Gram = seen.view(Gram)
@@ -87,7 +95,7 @@ def _score(stage: "UnitStage", block: Block, passes: Passes | None, curves: bool
     if passes is None:
         for ref in refs:
             settle(ref, UNSEEN)
-        return found
+        return found | _of_all_experts(inside)
     with stage.running(block, passes) as working:
         skip = stage.skip if stage.calibration.skip is None else stage.calibration.skip
         stream = Residual(stage.source.anatomy.hidden, skip)
@@ -95,7 +103,18 @@ def _score(stage: "UnitStage", block: Block, passes: Passes | None, curves: bool
             passes.through(block, refs, working, settle)
     for ref in refs if curves else ():
         found[f"{ref.role}.squares"] /= stream.mean(ref.role)  # type: ignore[arg-type]
-    return found
+    return found | _of_all_experts(inside)
+
+
+def _of_all_experts(scores: Mapping[tuple[str, int], Tensor]) -> dict[str, Tensor]:
+    """(count,) what goes with the first neuron of every expert, with the second, ...: each of them loses its own, in the
+    order of its scores.
+    """
+    axes = sorted({axis for axis, _ in scores})
+    return {
+        f"{axis}.scores": torch.stack([scores[key].sort().values for key in sorted(scores) if key[0] == axis]).sum(0)
+        for axis in axes
+    }
 
 
 def _path(folder: Path, block: int) -> Path:

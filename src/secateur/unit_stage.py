@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.block_stage import BlockStage, Loaded, errors
 from secateur.calibration.passes import Passes, Rows
 from secateur.calibration.samples import Samples
-from secateur.calibration.statistics import Statistics
+from secateur.calibration.statistics import UNSEEN, Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
 from secateur.calibration.unit_gradients import (
     UnitGradients,
@@ -27,14 +27,15 @@ from secateur.errors import RunError
 from secateur.files import write_text
 from secateur.head_dim_choice import choose_head_dims, time_head_dims
 from secateur.network.anatomy import AXES, Axis, Block
+from secateur.network.channel_views import ChannelUnits
 from secateur.network.matrices import MatrixRef, view
 from secateur.network.surgery import remade, silence_tensors
-from secateur.network.views import Cut, Units, Update, units_of
+from secateur.network.views import Cut, Plan, Units, Update, norm_products, units_of
 from secateur.solving import relative_error
 from secateur.unit_allocation import Scored, allocated, divider
 from secateur.unit_budgets import Sizes
 from secateur.unit_scores import score_units
-from secateur.units import asked_axes, output_matrices, planned_sizes
+from secateur.units import asked_axes, cuts_channels, output_matrices, planned_channels, planned_sizes
 
 
 @dataclass
@@ -46,7 +47,7 @@ class UnitStage(CutStage, BlockStage):
     def __post_init__(self) -> None:
         self.sizes = planned_sizes(self.source, self.step) or {}
         self.settled: dict[str, dict[str, Any]] = {}
-        self._found: dict[int, dict[Axis, Cut]] = {}
+        self._found: dict[int, dict[tuple[Axis, int | None], Cut]] = {}
         super().__post_init__()
 
     def _refs(self) -> dict[int, list[MatrixRef]]:
@@ -67,7 +68,11 @@ class UnitStage(CutStage, BlockStage):
     def seconds(self) -> float:
         begun = time.time()
         self._collect()
-        if not self.refs:  # dimensions inside heads alone, which no walk decides
+        if cuts_channels(self.step):
+            self._choose_channels(self._context("method"))
+        if not self.refs:  # dimensions inside heads alone, or channels, which no walk decides
+            if "head_dims" not in asked_axes(self.step):
+                return time.time() - begun
             drawn = self._drawn() if self.solver.statistics else None
             return time.time() - begun + time_head_dims(self, drawn, self._context("method"))
         if self.solver.gradients:
@@ -85,8 +90,12 @@ class UnitStage(CutStage, BlockStage):
         told = super().decided()
         units = told["units"]
         for name, entry in self.settled.items():
-            axis, block = self._axes[name], next(index for index, refs in self.refs.items() if _named(refs, name))
-            units[axis][str(block)] |= entry
+            ref = next(ref for refs in self.refs.values() for ref in refs if ref.name == name)
+            of = units[self._axes[name]][str(ref.block)]
+            if ref.expert is None:
+                of |= entry
+            elif entry:
+                of.setdefault("by_expert", {})[str(ref.expert)] = entry
         return told
 
     def _prepare(self) -> None:
@@ -95,7 +104,21 @@ class UnitStage(CutStage, BlockStage):
         if "head_dims" in asked_axes(self.step):
             samples = self._samples() if self.solver.statistics else None
             self._once("head-dims", lambda context: choose_head_dims(self, samples, context))
+        if cuts_channels(self.step):
+            self._once("channels", self._choose_channels)
         super()._prepare()
+
+    def _choose_channels(self, context: Context) -> dict[str, Any]:
+        """Which channels of the stream stay: asked once, for the whole network."""
+        keep = planned_channels(self.source, self.step)
+        assert keep is not None, "what cuts units has a ratio"
+        units = ChannelUnits(self.source, self.cuts.where, keep, self.device)
+        cut: Cut = self.solver.ask({Units: units, Context: context}, UNSEEN, units.name)
+        if cut.count != keep:
+            raise RunError(f"{self.step.method}: {cut.count} channels were kept, not {keep}.")
+        if keep < units.count and processes()[0] == 0:
+            self.cuts.save_stream(Plan(channels=cut.kept.cpu()))
+        return {}
 
     def _allocate(self) -> None:
         """Divides the budget among the blocks, once; without an allocation all are treated alike."""
@@ -117,9 +140,9 @@ class UnitStage(CutStage, BlockStage):
         widths = self._once("allocation", decide)["widths"]
         self.sizes = {axis: {int(block): kept for block, kept in units.items()} for axis, units in widths.items()}
 
-    def units(self, block: int, axis: Axis) -> Units:
-        """The units of a block, and how many of them are to stay."""
-        return units_of(self.source, block, axis, self.sizes[axis][block], self.device)
+    def units(self, block: int, axis: Axis, expert: int | None = None) -> Units:
+        """The units of a block, and how many of them are to stay; of neurons inside experts those of one."""
+        return units_of(self.source, block, axis, self.sizes[axis][block], self.device, expert)
 
     def given(self, units: Units, context: Context) -> dict[type, Any]:
         """What a method may ask for of these units, beside what is said of their inputs."""
@@ -162,31 +185,42 @@ class UnitStage(CutStage, BlockStage):
     def _settle(
         self, number: int, ref: MatrixRef, loaded: Loaded, seen: Statistics, rows: Rows, context: Context
     ) -> dict[str, Any]:
-        axis = self._axes[ref.parameter]
+        axis = self._axes[ref.name]
         group = self.cuts.group(ref.block, axis)
-        units = self.units(ref.block, axis)
-        given = self.given(units, context)
+        units = self.units(ref.block, axis, ref.expert)
+        entry: dict[str, Any] = {}
         if self.solver.statistics and not seen.tokens:
-            raise RunError(f"{units.name}: no calibration token reached it, so nothing is known of its units.")
-        cut: Cut = self.solver.ask(given, seen, units.name)
-        self.cuts.check(ref.block, axis, cut)
-        if len(cut.kept) != units.keep:
-            raise RunError(f"{self.step.method}, {units.name}: {len(cut.kept)} units were kept, not {units.keep}.")
-        self._found.setdefault(ref.block, {})[axis] = cut
+            cut = self._unseen(units, context)
+            entry["unseen"] = True
+        else:
+            cut = self.solver.ask(self.given(units, context), seen, units.name)
+        if ref.expert is None:
+            self.cuts.check(ref.block, axis, cut)
+        else:
+            group = group.one
+            self.cuts.check_expert(ref.block, axis, ref.expert, cut)
+        if cut.count != units.keep:
+            raise RunError(f"{self.step.method}, {units.name}: {cut.count} units were kept, not {units.keep}.")
+        self._found.setdefault(ref.block, {})[axis, ref.expert] = cut
+        if context.notes:
+            entry["notes"] = context.notes
         if axis == "experts":  # chosen by weights alone, so no tokens pass that they would have to be hidden from
-            return {"notes": context.notes} if context.notes else {}
-        entry: dict[str, Any] = {"notes": context.notes} if context.notes else {}
+            return entry
         names = [name for name in (group.output.parameter, group.output_bias) if name]
         names += remade(group, cut)
         for name in names:  # without tokens only what may change is there, and what makes units seldom does
             if name not in loaded.working:
                 loaded.working[name] = self.source.parameter(name).to(self.device, copy=True)
-        silenced = silence_tensors({name: loaded.base(name) for name in names}, group, cut)
-        before = {name: loaded.base(name).clone() for name in names}
+
+        def entry_of(tensor: Tensor) -> Tensor:
+            return tensor if ref.expert is None else tensor[ref.expert]
+
+        silenced = silence_tensors({name: entry_of(loaded.base(name)) for name in names}, group, cut)
+        before = {name: entry_of(loaded.base(name)).clone() for name in names}
         for name, tensor in silenced.items():
             rounded = self._cast(name, tensor, self._written(name))
             for place in {id(t): t for t in (loaded.base(name), loaded.working[name])}.values():
-                place.copy_(rounded)
+                entry_of(place).copy_(rounded)
         old, new = (view(ref, tensors[ref.parameter]).float() for tensors in (before, silenced))
         shift = None
         if group.output_bias and cut.output_bias is not None:
@@ -197,10 +231,43 @@ class UnitStage(CutStage, BlockStage):
                 entry[key] = relative_error(inputs, old, Update(new, torch.ones_like(new, dtype=torch.bool)), shift)
         return entry
 
+    def _unseen(self, units: Units, context: Context) -> Cut:
+        """What becomes of units that no token has reached: of one expert those with the smallest weights go, since nothing
+        is known of its inputs.
+
+        Raises RunError for any others.
+        """
+        if units.expert is None:
+            raise RunError(f"{units.name}: no calibration token reached it, so nothing is known of its units.")
+        context.warn(
+            f"block {units.block}: some experts were reached by no calibration token (`unseen` in the receipt), so their "
+            "neurons were chosen by weight norms; more tokens would reach them."
+        )
+        return units.best(norm_products(units))
+
     def _keep(self, block: Block, loaded: Loaded, write: bool) -> None:
         found = self._found.pop(block.index, {})
-        for axis, cut in found.items() if write else ():
-            self.cuts.save(block.index, axis, cut)
+        for axis in dict.fromkeys(axis for axis, _ in found) if write else ():
+            cuts = {expert: cut for (each, expert), cut in found.items() if each == axis}
+            if None in cuts:
+                self.cuts.save(block.index, axis, cuts[None])
+            else:
+                self.cuts.save(block.index, axis, self._stacked(block.index, axis, cuts))
+
+    def _stacked(self, block: int, axis: Axis, cuts: Mapping[int | None, Cut]) -> Cut:
+        """One cut of the neurons of all experts; those that keep their columns say so, where others give new ones."""
+        every = [cuts[expert] for expert in range(self.cuts.group(block, axis).stacked)]
+        if any(cut.output is not None for cut in every):
+            for expert, cut in enumerate(every):
+                if cut.output is None:
+                    units = self.units(block, axis, expert)
+                    every[expert] = replace(cut, output=units.output[:, units.columns(cut.kept)].cpu())
+        if any(cut.makers is not None for cut in every):
+            for expert, cut in enumerate(every):
+                if cut.makers is None:
+                    coupled = self.units(block, axis, expert).coupled
+                    every[expert] = replace(cut, makers=tuple(rows[cut.kept].cpu() for rows in coupled))
+        return Cut.stacked(every)
 
     def _change(self, blocks: Sequence[Block], tensors: dict[str, Tensor]) -> None:
         self.cuts.apply(blocks, tensors)
@@ -243,7 +310,3 @@ class UnitStage(CutStage, BlockStage):
                 synthetic_grams(self.source, self._context("grams").generator("zipf"), keep)
             write_text(marker, "")
         barrier()
-
-
-def _named(refs: Sequence[MatrixRef], name: str) -> bool:
-    return any(ref.name == name for ref in refs)

@@ -6,27 +6,35 @@ from typing import Any
 from secateur.calibration.sliced_stream import SlicedStream
 from secateur.calibration.stream_moment import StreamMoment
 from secateur.errors import RequestError
-from secateur.network.anatomy import AXES, Axis, Block
+from secateur.network.anatomy import AXES, NEURON_AXES, Axis, Block
 from secateur.network.head_dims import find_head_dims
 from secateur.network.matrices import MatrixRef
 from secateur.network.parts import stacked
+from secateur.network.scores import ErrorCurves
 from secateur.network.source import Source
 from secateur.network.widths import round_width
 from secateur.recipe import Step
-from secateur.unit_budgets import Sizes, budgeted_sizes, measure_of, sets_of
+from secateur.registry import find
+from secateur.unit_budgets import ALIGNED, Sizes, budgeted_sizes, measure_of, multiple_of, sets_of
 
 WORDS: dict[Axis, str] = {
     "neurons": "feed-forward neurons",
     "heads": "attention heads",
     "queries": "query heads",
     "head_dims": "dimensions inside attention heads",
+    "expert_neurons": "neurons inside experts",
     "experts": "experts",
 }
 
 
 def asked_axes(step: Step) -> tuple[Axis, ...]:
-    """The kinds of units that a step cuts, in the order in which tokens meet them."""
-    asked = step.parameters.get("axis", step.registered.axes)
+    """The kinds of units that a step cuts, in the order in which tokens meet them: neurons are those inside experts too,
+    where the method and those that it names can cut these.
+    """
+    asked = {*step.parameters.get("axis", step.registered.axes)}
+    named = [name for key in step.registered.others for name in step.parameters.get(key) or ()]
+    if "neurons" in asked and all("expert_neurons" in each.axes for each in (step.registered, *map(find, named))):
+        asked.add("expert_neurons")
     return tuple(axis for axis in AXES if axis in asked)
 
 
@@ -36,6 +44,8 @@ def present_sizes(source: Source, step: Step) -> Sizes:
     Raises RequestError naming the first block whose units a method cannot see, or that has but one.
     """
     sizes: Sizes = {}
+    if cuts_channels(step) and step.registered.scope == "units":
+        _check_channels(step)
     if {"heads", "queries"} <= set(asked_axes(step)):
         raise RequestError(
             f"{step.method}: which queries there are follows from the heads, so one step cannot cut both; make two of it."
@@ -50,9 +60,18 @@ def present_sizes(source: Source, step: Step) -> Sizes:
                 if group is not None:  # some architectures mix blocks with and without attention
                     sizes[axis][block.index] = group.count
                 continue
-            if axis == "experts":
+            if axis in ("experts", "expert_neurons"):
                 if block.experts is not None:  # some architectures mix blocks of both kinds
-                    sizes[axis][block.index] = _experts(source, step, block)
+                    sizes[axis][block.index] = _experts(source, block, axis)
+                continue
+            if axis == "neurons" and block.experts is not None:
+                if "expert_neurons" not in asked_axes(step):
+                    raise RequestError(
+                        f"{step.method} cuts no neurons inside experts, and {block.path} of {source.spec} is a mixture of "
+                        f"{block.experts.count}; choose another method, such as wanda_units, or another axis."
+                    )
+                if group is not None:  # of an expert that all tokens go through
+                    sizes[axis][block.index] = group.count
                 continue
             if group is None:
                 what = WORDS[axis]
@@ -71,8 +90,17 @@ def present_sizes(source: Source, step: Step) -> Sizes:
                     "together, so none can be removed alone; choose axis=neurons."
                 )
             sizes[axis][block.index] = group.count
-        if not sizes[axis]:
+        if not sizes[axis] and axis not in ("neurons", "expert_neurons"):
             raise RequestError(f"{step.method} cuts experts, but no block of {source.spec} holds a mixture of them.")
+    if {"experts", "expert_neurons"} <= {axis for axis, units in sizes.items() if units}:
+        raise RequestError(
+            f"{step.method}: neurons inside experts go with their experts, so one step cannot cut both; make two of it."
+        )
+    sizes = {axis: units for axis, units in sizes.items() if units or axis not in ("neurons", "expert_neurons")}
+    if not sizes and not cuts_channels(step):
+        raise RequestError(
+            f"{step.method} cuts neurons inside experts, but no block of {source.spec} holds a mixture of them."
+        )
     return sizes
 
 
@@ -91,15 +119,18 @@ def _check_dims(source: Source, step: Step) -> None:
     find_head_dims(source)
 
 
-def _experts(source: Source, step: Step, block: Block) -> int:
-    """How many experts a block has. Raises RequestError where none can go alone."""
-    group, why = block.group("experts"), ""
-    if group is None:
+def _experts(source: Source, block: Block, axis: Axis) -> int:
+    """How many experts a block has, or neurons each of them. Raises RequestError where none can go alone."""
+    group, why, inside = block.group(axis), "", axis == "expert_neurons"
+    what = "width" if inside else "number"
+    if group is None and inside:
+        why = "they do not lie together in tensors in which their neurons were recognised"
+    elif group is None:
         why = "they do not lie together in one tensor behind a router that was recognised"
     elif source.tensors and source.live is None:
         parts = [source.parts[part.parameter] for part in group.slices]
         if any((each[0].region or each[0].taken) and not stacked(each) for each in parts):
-            why = "the checkpoint stores them in a layout in which their number cannot be changed"
+            why = f"the checkpoint stores them in a layout in which their {what} cannot be changed"
     if why or group is None:
         raise RequestError(f"the experts of {block.path} of {source.spec} cannot be cut: {why}.")
     return group.count
@@ -131,6 +162,21 @@ def planned_channels(source: Source, step: Step, before: int | None = None) -> i
     return round_width(before or source.anatomy.hidden, ratio, parameters.get("multiple_of", 1))
 
 
+def _check_channels(step: Step) -> None:
+    """Raises RequestError where a step has a budget in which channels cannot be counted, block by block as others are."""
+    asked = step.parameters
+    if name := next((name for name in ("ratios", "allocation", "target") if asked.get(name)), None):
+        raise RequestError(
+            f"{step.method}: all blocks share the channels of the residual stream, so {name} does not go with them; give "
+            "one ratio, or cut them in a step of their own."
+        )
+    if asked.get("of", "units") != "units":
+        raise RequestError(
+            f"{step.method}: channels lie across all other units, so of={asked['of']} does not tell how many go; leave `of` "
+            "out, or let minitron look for a shape (target)."
+        )
+
+
 def output_matrices(source: Source, axes: Sequence[Axis]) -> dict[int, list[MatrixRef]]:
     """The matrices that read the units, by block in the order in which tokens meet them; their role is the axis."""
     refs: dict[int, list[MatrixRef]] = {}
@@ -139,10 +185,12 @@ def output_matrices(source: Source, axes: Sequence[Axis]) -> dict[int, list[Matr
             # what reads them is known, but they are decided for all blocks at once
             if axis != "head_dims" and (group := block.group(axis)):
                 name, columns = group.output.parameter, group.count * group.output.width
-                transposed = group.output.dim == 0
-                refs.setdefault(block.index, []).append(
-                    MatrixRef(name, name, None, source.anatomy.hidden, columns, transposed, block.index, axis)
-                )
+                transposed, hidden = (group.one if group.stacked else group).output.dim == 0, source.anatomy.hidden
+                for expert in range(group.stacked) if group.stacked else (None,):
+                    own = name if expert is None else f"{name}[{expert}]"
+                    refs.setdefault(block.index, []).append(
+                        MatrixRef(own, name, expert, hidden, columns, transposed, block.index, axis)
+                    )
     return refs
 
 
@@ -182,11 +230,17 @@ def planned_sizes(
             f"{step.method}: every mixture of {source.spec} must keep as many experts, because each token goes to a fixed "
             "number of them; leave allocation out."
         )
+    if "expert_neurons" in present and ErrorCurves in _asks(parameters.get("allocation")):
+        raise RequestError(
+            f"{step.method}: {next(iter(parameters['allocation']))} compares what blocks lose of their output, which is not "
+            "known of neurons inside experts; choose another allocation, such as flap_search or alphapruning."
+        )
     planned = (
         budgeted_sizes(source, step, present, before or {}, blocks)
         if measure_of(step)
         else _by_ratio(source, step, present, before or {})
     )
+    check_expert_widths(source, step, planned.get("expert_neurons", {}))
     if len(set(planned.get("head_dims", {}).values())) > 1:
         raise RequestError(
             f"{step.method}: heads of all blocks of {source.spec} must keep the same dimensions, so they cannot lose "
@@ -202,21 +256,40 @@ def planned_sizes(
     return planned
 
 
+def _asks(allocation: Mapping[str, Any] | None) -> set[type]:
+    return {need for name in allocation or () for need in find(name).needs.values()}
+
+
+def check_expert_widths(source: Source, step: Step, kept: Mapping[int, int]) -> None:
+    """Raises RequestError where experts would have a width in which transformers cannot multiply them together."""
+    for index, width in kept.items():
+        block = source.anatomy.blocks[index]
+        if width % ALIGNED and block.experts and width != block.experts.width:
+            raise RequestError(
+                f"{step.method} would leave {width} of {block.experts.width} neurons in every expert of {block.path} of "
+                f"{source.spec}, but transformers multiplies all experts at once, in widths that are multiples of "
+                f"{ALIGNED}; choose a ratio that leaves such a number."
+            )
+
+
 def _by_ratio(source: Source, step: Step, present: Sizes, before: Sizes) -> Sizes:
     """Units kept by a ratio of the units of each block."""
     parameters = step.parameters
     planned: Sizes = {}
+    # neurons and those inside experts share the ratios of their blocks, of which some architectures have both kinds
+    both = sorted({index for axis in NEURON_AXES for index in present.get(axis, {})})
     for axis, units in present.items():
+        blocks = both if axis in NEURON_AXES else list(units)
         ratios = parameters.get("ratios") or {}
         if isinstance(ratios, Mapping):  # by axis
-            ratios = [ratios.get(axis, parameters["ratio"])] * len(units)
-        if len(ratios) != len(units):
+            ratios = [ratios.get(axis, parameters["ratio"])] * len(blocks)
+        if len(ratios) != len(blocks):
             raise RequestError(
-                f"{step.method}: ratios has {len(ratios)} values, but {source.spec} has {len(units)} layers."
+                f"{step.method}: ratios has {len(ratios)} values, but {source.spec} has {len(blocks)} layers."
             )
-        multiple, sets = parameters.get("multiple_of", 1) if axis == "neurons" else 1, sets_of(source, axis, before)
+        of, sets = dict(zip(blocks, ratios, strict=True)), sets_of(source, axis, before)
         planned[axis] = {
-            index: sets[index] * round_width(count // sets[index], ratio, multiple)
-            for (index, count), ratio in zip(units.items(), ratios, strict=True)
+            index: sets[index] * round_width(count // sets[index], of[index], multiple_of(step, axis))
+            for index, count in units.items()
         }
     return planned

@@ -52,17 +52,16 @@ def linear_multiply_adds(model: nn.Module, config: Any) -> int:
 def _experts(module: nn.Module, config: Any) -> int:
     """Multiply-adds for one token of the experts stacked in three-dimensional parameters (experts, rows, columns)."""
     stacked = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
-    visited = next(
-        (
-            value
-            for name in ("num_experts_per_tok", "experts_per_token", "moe_topk")
-            if isinstance(value := getattr(config, name, None), int)
-        ),
-        None,
-    )
+    visited = visited_experts(config)
     if not stacked or visited is None:
         return 0
     return sum(math.prod(parameter.shape[1:]) * visited for parameter in stacked)
+
+
+def visited_experts(config: Any) -> int | None:
+    """How many experts a token goes to, None where the configuration does not say it."""
+    names = ("num_experts_per_tok", "experts_per_token", "moe_topk")
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
 
 
 def _attention(config: Any, tokens: int, context: int) -> int:

@@ -4,7 +4,7 @@ How it is found is in `examine`; here is what was found. No weight is read, so a
 the same anatomy.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -29,11 +29,13 @@ class Slice:
         return (self.offset + units[:, None] * self.width + torch.arange(self.width, device=units.device)).flatten()
 
 
-Axis = Literal["heads", "queries", "head_dims", "neurons", "experts"]
-AXES: tuple[Axis, ...] = ("heads", "queries", "head_dims", "neurons", "experts")
+Axis = Literal["heads", "queries", "head_dims", "neurons", "expert_neurons", "experts"]
+AXES: tuple[Axis, ...] = ("heads", "queries", "head_dims", "neurons", "expert_neurons", "experts")
 COLUMN_AXES: tuple[Axis, ...] = ("heads", "queries", "neurons")
 """Units that are inputs of a matrix; experts are whole layers, known by what the router says of them."""
-CutAxis = Literal["heads", "queries", "head_dims", "neurons", "experts", "channels"]
+NEURON_AXES: tuple[Axis, ...] = ("neurons", "expert_neurons")
+"""Units that are one input of a matrix each. Who asks for neurons gets those inside experts too (`units.asked_axes`)."""
+CutAxis = Literal["heads", "queries", "head_dims", "neurons", "expert_neurons", "experts", "channels"]
 """What may be cut: units of a block, or channels of the residual stream, which all blocks share."""
 
 
@@ -45,11 +47,12 @@ class Group:
 
     axis: "neurons" of the feed-forward layer; "heads" of attention, where those that share keys and values are one unit;
     "queries": single query heads, where several share keys and values; "head_dims": two dimensions of every head;
-    "experts" of a mixture. inputs: what makes the
+    "expert_neurons": a neuron of every expert of a mixture; "experts" of a mixture. inputs: what makes the
     units, weights and biases. output: the matrix that reads them, along its inputs; its bias, output_bias, is not per unit
     and stays whole. Of experts, inputs hold all their weights and output is the router's matrix, along its outputs. sets:
     the units lie in so many equal runs, of which each must keep as many. buffers: learned vectors with a number for each
-    unit that are no parameters.
+    unit that are no parameters. stacked: every tensor has so many entries along its first dimension, one for each expert,
+    of which each keeps as many units, but its own; 0 where there are no such entries.
     """
 
     axis: Axis
@@ -59,10 +62,17 @@ class Group:
     output_bias: str | None
     sets: int = 1
     buffers: tuple[str, ...] = ()
+    stacked: int = 0
 
     @property
     def slices(self) -> tuple[Slice, ...]:
         return (*self.inputs, self.output)
+
+    @property
+    def one(self) -> "Group":
+        """The units of a single expert, as they lie in its entry of the stacked tensors."""
+        inputs = tuple(replace(part, dim=part.dim - 1) for part in self.inputs)
+        return replace(self, inputs=inputs, output=replace(self.output, dim=self.output.dim - 1), stacked=0)
 
 
 @dataclass(frozen=True)
@@ -181,7 +191,8 @@ class Experts:
     """A mixture of `count` experts, each a feed-forward layer of `width` units; `router` is its scoring parameter.
 
     chosen: how many of them each token goes to, None where that could not be seen. group: the experts as units, None where
-    they do not lie together in one tensor, or have no router.
+    they do not lie together in one tensor, or have no router. neurons: what each of them is made of as units, None where
+    they do not lie together or it was not confirmed how.
     """
 
     module: str
@@ -190,13 +201,15 @@ class Experts:
     router: str | None
     chosen: int | None = None
     group: Group | None = None
+    neurons: Group | None = None
 
 
 @dataclass(frozen=True)
 class Block:
     """One block of the network.
 
-    parameters: names in the model of all its parameters; size: how many numbers they hold. kind: "transformer",
+    parameters: names in the model of all its parameters; size: how many numbers they hold. feed_forward: beside a mixture of
+    experts the one that all tokens go through, where there is one. kind: "transformer",
     "moe", "mamba" or "unknown". parallel: whether the feed-forward layer reads the block's input rather than the
     attention's output; None if undetermined. norms: names of the scales and biases of its norms. note: sentences on
     what was not recognised and why, "" if all was.
@@ -220,6 +233,8 @@ class Block:
             return self.attention.queries if self.attention else None
         if axis == "head_dims":
             return self.attention.dims.group if self.attention and self.attention.dims else None
+        if axis == "expert_neurons":
+            return self.experts.neurons if self.experts else None
         part = {"neurons": self.feed_forward, "heads": self.attention, "experts": self.experts}[axis]
         return part.group if part else None
 

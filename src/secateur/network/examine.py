@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from secateur.network import probe, recognise
+from secateur.network import expert_probe, probe, recognise
 from secateur.network.anatomy import Anatomy, Attention, Block, Experts, FeedForward, Group, HeadDims, Slice
 from secateur.network.head_probe import Turning, norms_of_heads, try_head_dims
 from secateur.network.recognise import AttentionProposal, ExpertsProposal, FeedForwardProposal, Matrix, join
@@ -28,6 +28,7 @@ class _Finding:
     turning: Turning | None
     experts: ExpertsProposal | None
     chosen: int | None
+    bank: expert_probe.BankLayout | None
     kind: str
     parallel: bool | None
     note: str
@@ -94,7 +95,6 @@ def _examine(block: nn.Module, seen: Trace, hidden: int, config: Any) -> _Findin
             f"Its feed-forward part {experts.host or 'here'} is a mixture of {experts.count} experts of width "
             f"{experts.width}{beside}."
         )
-        feed_forward = None
     recurrent = recognise.has_recurrence(block)
     if recurrent and not attention:
         alone = "" if feed_forward or experts else ", and has no feed-forward layer"
@@ -119,8 +119,9 @@ def _examine(block: nn.Module, seen: Trace, hidden: int, config: Any) -> _Findin
         depends = seen.depends(given, attention[0].host or attention[0].output.module, hidden)
         parallel = None if depends is None else not depends
     chosen = _chosen(seen.calls.get(experts.host)) if experts else None
+    bank = _bank(block, experts, seen, hidden) if experts else None
     turning = _turning(block, attention, seen, hidden) if attention else None
-    return _Finding(feed_forward, norm, attention, turning, experts, chosen, kind, parallel, " ".join(notes))
+    return _Finding(feed_forward, norm, attention, turning, experts, chosen, bank, kind, parallel, " ".join(notes))
 
 
 def _chosen(call: Call | None) -> int | None:
@@ -128,6 +129,14 @@ def _chosen(call: Call | None) -> int | None:
     given = [leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, Tensor)]
     numbers = {leaf.shape[-1] for leaf in given if leaf.ndim > 1 and leaf.dtype in (torch.int64, torch.int32)}
     return numbers.pop() if len(numbers) == 1 else None
+
+
+def _bank(block: nn.Module, found: ExpertsProposal, seen: Trace, hidden: int) -> expert_probe.BankLayout | None:
+    """How the neurons of experts lie that stand together in stacked parameters."""
+    if found.host not in recognise.expert_banks(block):
+        return None
+    answer = expert_probe.try_bank(block.get_submodule(found.host), found, hidden, seen.calls.get(found.host))
+    return None if isinstance(answer, str) else answer
 
 
 def _leaves(block: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -201,7 +210,7 @@ def _block(block: nn.Module, index: int, path: str, finding: _Finding, hidden: i
         router = join(path, finding.experts.router) if finding.experts.router else None
         experts = Experts(
             join(path, finding.experts.host), finding.experts.count, finding.experts.width, router, finding.chosen,
-            _experts(block, path, finding.experts),
+            _experts(block, path, finding.experts), _expert_neurons(path, finding.experts, finding.bank),
         )  # fmt: skip
     return Block(
         index=index,
@@ -318,6 +327,15 @@ def _experts(block: nn.Module, path: str, found: ExpertsProposal) -> Group | Non
         None,
         buffers=tuple(join(path, name) for name in vectors(block.named_buffers()) if name in stored),
     )
+
+
+def _expert_neurons(path: str, found: ExpertsProposal, bank: expert_probe.BankLayout | None) -> Group | None:
+    if bank is None:
+        return None
+    host = join(path, found.host)
+    inputs = tuple(Slice(join(host, each.name), each.dim, each.offset, each.width) for each in bank.inputs)
+    output = Slice(join(host, bank.output.name), bank.output.dim)
+    return Group("expert_neurons", found.width, inputs, output, None, stacked=found.count)
 
 
 def _heads(path: str, found: AttentionProposal, roles: probe.AttentionRoles) -> Group | None:

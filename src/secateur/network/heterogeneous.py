@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ class BlockShape:
     Args:
         units: feed-forward neurons.
         heads, kv_heads: query heads, and the key-value heads that they share; each stays as wide as it is.
-        experts: of a mixture.
+        experts: of a mixture. expert_units: neurons of each of them.
         skip: "attention" and "feed_forward", of which the block is to have nothing more.
         shortcuts: whether a matrix turns the residual stream beside each of its parts.
     """
@@ -57,6 +57,7 @@ class BlockShape:
     heads: int | None = None
     kv_heads: int | None = None
     experts: int | None = None
+    expert_units: int | None = None
     skip: tuple[str, ...] = ()
     shortcuts: bool = False
 
@@ -133,6 +134,7 @@ def _target(source: "Source", plain: Frame, block: Block, wish: BlockShape) -> B
         "heads": (attention.heads if attention else None, ATTENTION, "attention heads"),
         "kv_heads": (attention.kv_heads if attention else None, ATTENTION, "key-value heads"),
         "experts": (now.experts.count if now.experts else None, FEED_FORWARD, "experts"),
+        "expert_units": (now.experts.width if now.experts else None, FEED_FORWARD, "neurons of every expert"),
     }
     for name, (has, part, words) in had.items():
         want = getattr(wish, name)
@@ -164,16 +166,26 @@ def _solve(plain: Frame, block: Block, shape: BlockShape) -> tuple[dict[str, Any
     entries = _Entries(plain, block.index)
     inner, attention = block.feed_forward, block.attention
     kind = plain.whole.__name__
-    if shape.units and inner and shape.units != inner.units:
+    inside = block.group("expert_neurons")
+    widths = [(inner.group if inner else None, shape.units), (inside, shape.expert_units)]
+    narrower = [(group, kept) for group, kept in widths if group and kept and kept != group.count]
+    if narrower:
         narrow = dict(shapes)
-        for part in inner.group.slices:
-            name = part.parameter[len(block.path) + 1 :]
-            narrow[name] = _less(narrow[name], part.dim, inner.units - shape.units)
-        found = entries.find(narrow, entries.one(inner.units, shape.units))
+        for group, kept in narrower:
+            for part in group.slices:
+                name = part.parameter[len(block.path) + 1 :]
+                narrow[name] = _less(narrow[name], part.dim, group.count - kept)
+        single = [list(entries.one(group.count, kept)) for group, kept in narrower]
+        # one entry may say both widths
+        each_and_both = chain(
+            *single, ({name: n for each in both for name, n in each.items()} for both in product(*single))
+        )
+        found = entries.find(narrow, each_and_both)
         if found is None:
+            said = " and ".join(f"{kept} of {group.count}" for group, kept in narrower)
             raise RequestError(
                 f"the configuration of {kind} has no entry that sets the feed-forward width of a block, so blocks of "
-                f"differing widths ({shape.units} of {inner.units} neurons) could not be opened again; {_SAME}."
+                f"differing widths ({said} neurons) could not be opened again; {_SAME}."
             )
         own |= found
         shapes = narrow
@@ -338,6 +350,11 @@ def _guard(
         if shape.heads and shape.kv_heads
     ]
     others += [(each, replace(shape, experts=2 * shape.experts)) for each, shape in wide.items() if shape.experts]
+    others += [
+        (each, replace(shape, expert_units=2 * shape.expert_units))
+        for each, shape in wide.items()
+        if shape.expert_units
+    ]
     tried: list[dict[str, Any]] = []
     for each, other in others:
         with suppress(RequestError):

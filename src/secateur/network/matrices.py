@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from secateur.errors import RequestError
-from secateur.network import probe, recognise
+from secateur.network import recognise
 from secateur.network.anatomy import Anatomy, Block
 from secateur.network.recognise import join
 from secateur.network.trace import Call, clone, describe, first_tensor, real_call, trace
@@ -170,22 +170,7 @@ def _roles(module: nn.Module, block: Block, hidden: int) -> dict[str, str]:
         roles.update({name[prefix:]: "attention" for names in parts for name in names})
     if block.feed_forward:
         roles.update({part.parameter[prefix:]: "feed_forward" for part in block.feed_forward.group.slices})
-    elif block.experts:
-        roles.update(
-            dict.fromkeys(_shared_expert(module, block.experts.module[prefix:], hidden, roles), "feed_forward")
-        )
     return roles
-
-
-def _shared_expert(module: nn.Module, bank: str, hidden: int, taken: dict[str, str]) -> Sequence[str]:
-    """Names of the weights of a feed-forward layer that stands beside a bank of experts."""
-    for proposal in recognise.feed_forward_proposals(module, hidden, {bank}):
-        names = [matrix.weight for matrix in (*proposal.inputs, proposal.down)]
-        if not any(name in taken for name in names):
-            answer = probe.try_feed_forward(module.get_submodule(proposal.host), proposal, hidden, None)
-            if not isinstance(answer, str):
-                return names
-    return ()
 
 
 def _input_dims(bank: nn.Module, names: Sequence[str], call: Call | None, hidden: int) -> dict[str, int] | str:

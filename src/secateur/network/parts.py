@@ -59,13 +59,16 @@ def take_apart(name: str, parts: Sequence[Part], parameter: Tensor, stored: Mapp
 
     stored: the stored tensors as they are so far, at least those in which other parameters lie.
 
-    A parameter of fewer experts, each stored apart, takes the names of the first: the others are left out.
+    A parameter of fewer experts, each stored apart, takes the names of the first: the others are left out. Where they are
+    narrower, each stored tensor takes the same share of every dimension as before.
 
     Raises RunError where any other parameter that is not stored as it is has changed its shape.
     """
     found: dict[str, Tensor] = {}
-    if stacked(parts) and 0 < len(parameter) < _size(parts)[0]:
-        parts = [part for part in parts if _first(part) < len(parameter)]
+    if stacked(parts):
+        if 0 < len(parameter) < _size(parts)[0]:
+            parts = [part for part in parts if _first(part) < len(parameter)]
+        parts = resized(parts, tuple(parameter.shape))
     for part in parts:
         size = _size(parts) if part.region else part.given(stored[part.key]).shape if part.taken else parameter.shape
         if tuple(parameter.shape) != tuple(size):
@@ -86,6 +89,31 @@ def take_apart(name: str, parts: Sequence[Part], parameter: Tensor, stored: Mapp
 def stacked(parts: Sequence[Part]) -> bool:
     """Whether every stored tensor lies in one entry of the parameter's first dimension, as experts stored apart do."""
     return all(part.region and isinstance(part.region[0], int) and not part.taken for part in parts)
+
+
+def resized(parts: Sequence[Part], shape: Shape) -> Sequence[Part]:
+    """The parts of a parameter of experts stored apart when every expert has another size; as they are where their shares
+    of a dimension that changes are not equal, or cannot stay so.
+    """
+    size = _size(parts)
+    for dim in range(1, len(size)):
+        runs = {(index.start, index.stop) for part in parts if isinstance(index := part.region[dim], slice)}
+        share = size[dim] // len(runs) if runs else 0
+        even = sorted(runs) == [(start, start + share) for start in range(0, size[dim], share)] if share else False
+        if shape[dim] == size[dim]:
+            continue
+        if not even or shape[dim] % len(runs):
+            return parts
+        new = shape[dim] // len(runs)
+        parts = [
+            replace(part, region=(*part.region[:dim], _scaled(part.region[dim], share, new), *part.region[dim + 1 :]))
+            for part in parts
+        ]
+    return parts
+
+
+def _scaled(index: slice | int, share: int, new: int) -> slice | int:
+    return slice(index.start // share * new, index.stop // share * new) if isinstance(index, slice) else index
 
 
 def _first(part: Part) -> int:

@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from secateur.network.checkpoint import TensorInfo, bind, check_finite, headers,
 from secateur.network.examine import anatomy
 from secateur.network.locate import Place, locate
 from secateur.network.modelling_file import is_heterogeneous, is_ours
-from secateur.network.parts import Part, assemble, take_apart
+from secateur.network.parts import Part, assemble, stacked, take_apart
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,14 @@ class Source:
     def parameter(self, name: str) -> torch.Tensor:
         """One parameter by its name in the model, as stored."""
         return self.read_parameters([name])[name]
+
+    def entry(self, name: str, index: int) -> torch.Tensor:
+        """One entry along the first dimension of a parameter, as stored: of experts stored apart only that one is read."""
+        parts = self.parts[name]
+        if not stacked(parts):
+            return self.parameter(name)[index]
+        own = [replace(part, region=part.region[1:]) for part in parts if part.region[0] == index]
+        return assemble(own, self.read(dict.fromkeys(part.key for part in own)))
 
     def read_parameters(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Parameters by their names in the model, in its shapes, as stored; only merged ones are copies."""

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from copy import deepcopy
 from dataclasses import replace
 from itertools import chain, product
@@ -73,14 +73,29 @@ def resized_config(source: Source, sizes: Sizes, plain: bool = False) -> dict[st
         return raw
     common = plain_config(raw)
     unsaid: list[Axis] = []
-    together: tuple[tuple[Axis, ...], ...] = (("heads", "queries"), ("neurons",), ("experts",))
-    for axes in together:
-        names = {part.parameter for b in blocks for axis in axes if (group := b.group(axis)) for part in group.slices}
+    mixtures = [block for block in blocks if block.experts]
+    # each has entries of its own: experts that all tokens go through are mostly not as wide as layers of blocks without
+    together: list[tuple[tuple[Axis, ...], Sequence[Block]]] = [
+        (("heads", "queries"), blocks),
+        (("neurons",), [block for block in blocks if not block.experts]),
+        (("neurons",), mixtures),
+        (("expert_neurons",), mixtures),
+        (("experts",), mixtures),
+    ]
+    dims = [_dims(some, axes) for axes, some in together]
+    for place, (axes, some) in enumerate(together):
+        # experts and neurons inside them lie across each other in the same tensors
+        free = set().union(*dims[:place], *dims[place + 1 :]) - dims[place]
+        names = {name for name, _ in dims[place]}
         if "heads" in axes:
             tries = _heads(common, source, new, _overridden(raw))
         else:
-            tries = _widths(common, source, old[axes[0]], new[axes[0]], _overridden(raw))
-        changed = next((each for each in chain((common,), tries) if _agree(_shapes(source, each), wanted, names)), None)
+            here = {block.index for block in some}
+            was, now = ({i: n for i, n in sizes[axes[0]].items() if i in here} for sizes in (old, new))
+            tries = _widths(common, source, was, now, _overridden(raw)) if now else iter(())
+        changed = next(
+            (each for each in chain((common,), tries) if _agree(_shapes(source, each), wanted, names, free)), None
+        )
         if changed is None:
             unsaid += axes
         else:
@@ -94,17 +109,35 @@ def resized_config(source: Source, sizes: Sizes, plain: bool = False) -> dict[st
     raise RequestError(_unsaid(source, axis, old[axis], new[axis]))
 
 
+def _dims(blocks: Sequence[Block], axes: Sequence[Axis]) -> set[tuple[str, int]]:
+    """In which dimensions of which parameters units of these kinds lie."""
+    groups = [group for block in blocks for axis in axes if (group := block.group(axis))]
+    return {(part.parameter, part.dim) for group in groups for part in group.slices}
+
+
 def _agree(
-    shapes: Mapping[str, tuple[int, ...]] | None, wanted: Mapping[str, tuple[int, ...]], names: Set[str]
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    wanted: Mapping[str, tuple[int, ...]],
+    names: Set[str],
+    free: Set[tuple[str, int]],
 ) -> bool:
-    return shapes is not None and all(shapes.get(name) == wanted[name] for name in names)
+    """Whether the parameters `names` have the wanted shapes, but for the dimensions that are `free`."""
+    return shapes is not None and all(
+        name in shapes
+        and len(shapes[name]) == len(wanted[name])
+        and all(
+            size == other or (name, dim) in free
+            for dim, (size, other) in enumerate(zip(shapes[name], wanted[name], strict=True))
+        )
+        for name in names
+    )
 
 
 def _block_shape(block: Block, sizes: Sizes) -> BlockShape:
     """What a block is to have."""
     heads, kv_heads = single_heads(block, sizes)
-    units, experts = (sizes[axis].get(block.index) for axis in ("neurons", "experts"))
-    return BlockShape(units=units, heads=heads, kv_heads=kv_heads, experts=experts)
+    units, inside, experts = (sizes[axis].get(block.index) for axis in ("neurons", "expert_neurons", "experts"))
+    return BlockShape(units=units, heads=heads, kv_heads=kv_heads, experts=experts, expert_units=inside)
 
 
 def single_heads(block: Block, sizes: Sizes) -> tuple[int | None, int | None]:
@@ -150,6 +183,7 @@ def _unsaid(source: Source, axis: Axis, old: Mapping[int, int], new: Mapping[int
         heads = "number of attention heads without changing their size"
         what = {
             "neurons": "feed-forward width", "heads": heads, "queries": heads, "experts": "number of experts alone",
+            "expert_neurons": "width of experts alone",
         }[axis]  # fmt: skip
         if axis in ("heads", "queries") and (others := _sayable(source, axis, old)):
             return (

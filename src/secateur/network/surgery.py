@@ -28,6 +28,17 @@ def cut_tensors(
 
     Raises RunError when a new weight is not finite in that dtype.
     """
+    if group.stacked:
+        each = [
+            cut_tensors(
+                {part.parameter: tensors[part.parameter][expert] for part in group.slices},
+                group.one,
+                cut.of(expert),
+                dtype,
+            )
+            for expert in range(group.stacked)
+        ]
+        return {name: torch.stack([found[name] for found in each]) for name in each[0]}
     units = torch.ones(group.count, dtype=torch.bool)
     units[cut.kept.cpu()] = False
     gone = units.nonzero().flatten()
@@ -66,6 +77,13 @@ def silence_tensors(tensors: Mapping[str, Tensor], group: Group, cut: Cut) -> di
 
     tensors: the output matrix, its bias, and what `remade` names, in the dtype that is written.
     """
+    if group.stacked:
+        changed = {name: tensors[name].clone() for name in (group.output.parameter, *remade(group, cut))}
+        for expert in range(group.stacked):
+            own = {name: tensor[expert] for name, tensor in tensors.items() if name in changed}
+            for name, tensor in silence_tensors(own, group.one, cut.of(expert)).items():
+                changed[name][expert] = tensor
+        return changed
     part, old = group.output, tensors[group.output.parameter]
     columns = (cut.kept[:, None] * part.width + torch.arange(part.width)).view(-1)
     new = old.index_select(part.dim, columns)

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from secateur.errors import RequestError
-from secateur.network.anatomy import AXES, Axis, FeedForward, Group, Slice
+from secateur.network.anatomy import AXES, NEURON_AXES, Axis, FeedForward, Group, Slice
 from secateur.network.bases import Bases
 from secateur.network.channels import find_channels
 from secateur.network.shapes import Shapes
@@ -28,6 +29,9 @@ class Cut:
             keep it as it is.
         values: of the axis head_dims, where `kept` are pairs of dimensions of queries and keys: (kv_heads, 2 k) sorted
             dimensions of values that stay in each head that has some.
+
+    Of the neurons inside experts every tensor here has a first dimension more, with an entry for each expert; `of` and
+    `stacked` go from one form to the other.
     """
 
     kept: Tensor
@@ -35,6 +39,33 @@ class Cut:
     output_bias: Tensor | None = None
     makers: tuple[Tensor, ...] | None = None
     values: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """How many units stay; of the neurons inside experts, in each of them."""
+        return self.kept.shape[-1]
+
+    def of(self, expert: int) -> "Cut":
+        """What becomes of the neurons of one expert."""
+        makers = None if self.makers is None else tuple(made[expert] for made in self.makers)
+        return Cut(self.kept[expert], None if self.output is None else self.output[expert], None, makers)
+
+    @classmethod
+    def stacked(cls, experts: "Sequence[Cut]") -> "Cut":
+        """What becomes of the neurons of all experts, of which each gives the same parts anew."""
+
+        def together(tensors: Sequence[Tensor | None]) -> Tensor | None:
+            given = [tensor for tensor in tensors if tensor is not None]
+            assert len(given) in (0, len(tensors)), "all of them, or none"
+            return torch.stack(given) if given else None
+
+        makers = [
+            made
+            for each in zip(*(cut.makers or () for cut in experts), strict=True)
+            if (made := together(each)) is not None
+        ]
+        kept = torch.stack([cut.kept for cut in experts])
+        return cls(kept, together([cut.output for cut in experts]), None, tuple(makers) or None)
 
 
 @dataclass(frozen=True)
@@ -53,36 +84,51 @@ class Plan:
 
 
 class Units:
-    """The units of one kind in one block: neurons of the feed-forward layer, or heads of attention (those that share keys
-    and values are one unit). Tensors are read when asked for and not kept; float32, matrices oriented as in torch.nn.Linear
-    whatever the module stores: (out_features, in_features).
+    """The units of one kind in one block: neurons of the feed-forward layer or of one expert, or heads of attention (those
+    that share keys and values are one unit). Tensors are read when asked for and not kept; float32, matrices oriented as in
+    torch.nn.Linear whatever the module stores: (out_features, in_features).
 
     Args:
         group: where the units lie.
         keep: how many are to stay; None where the method decides.
+        expert: whose neurons they are; then `group` says where they lie in this expert's entries.
 
     count: how many there are. width: columns of the output matrix, and inputs of it, that each of them has. sets: they lie
     in so many equal runs, of which each keeps as many. scores: (count,) those by which a method has chosen the best, None
     before.
     """
 
-    def __init__(self, source: Source, block: int, group: Group, keep: int | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        source: Source,
+        block: int,
+        group: Group,
+        keep: int | None = None,
+        device: str = "cpu",
+        expert: int | None = None,
+    ) -> None:
         self.block, self.axis, self.count, self.width = block, group.axis, group.count, group.output.width
+        self.expert = expert
         self.sets = group.sets
         self.hidden = source.anatomy.hidden
         self._keep = keep
         self._source, self._device, self._group = source, device, group
         self.scores: Tensor | None = None
-        self.name = f"block {block}, {group.axis}"
+        self.name = f"block {block}, {group.axis}" + ("" if expert is None else f" {expert}")
 
     def __repr__(self) -> str:
         return f"Units(block={self.block}, axis={self.axis}, count={self.count}, width={self.width})"
 
     @property
+    def address(self) -> tuple[int | str, ...]:
+        """Of a random stream that no other units share."""
+        return (self.axis, self.block) if self.expert is None else (self.axis, self.block, self.expert)
+
+    @property
     def head_dim(self) -> int:
         """Columns of one head; of a neuron 1."""
         attention = self._source.anatomy.blocks[self.block].attention
-        return attention.head_dim if self.axis != "neurons" and attention else 1
+        return attention.head_dim if self.axis not in NEURON_AXES and attention else 1
 
     @property
     def keep(self) -> int:
@@ -92,25 +138,22 @@ class Units:
     @property
     def size(self) -> int:
         """How many parameters go with one unit, in all tensors that are coupled to it."""
-        model = self._source.skeleton
-        sizes = ((model.get_parameter(part.parameter), part) for part in self._group.slices)
-        return sum(whole.numel() // whole.shape[part.dim] * part.width for whole, part in sizes)
+        shapes = ((self._shape(part.parameter), part) for part in self._group.slices)
+        return sum(prod(shape) // shape[part.dim] * part.width for shape, part in shapes)
 
     @property
     def makers(self) -> list[Tensor]:
         """(count, n) for each matrix that makes the units: the rows of each unit, flattened; biases are left out."""
-        model = self._source.skeleton
         vectors = 1 if self.axis != "experts" else 2  # dimensions that a bias has
-        return [self._rows(part) for part in self._group.inputs if model.get_parameter(part.parameter).dim() > vectors]
+        return [self._rows(part) for part in self._group.inputs if len(self._shape(part.parameter)) > vectors]
 
     @property
     def coupled(self) -> Iterator[Tensor]:
         """Everything that makes the units, one tensor at a time in the order of `Cut.makers`: (count, rows, inputs) of a
         matrix, (count, rows) of a bias or another vector with numbers for each unit.
         """
-        model = self._source.skeleton
         for part in self._group.inputs:
-            vector = model.get_parameter(part.parameter).dim() == 1
+            vector = len(self._shape(part.parameter)) == 1
             yield self._rows(part).view(self.count, part.width, *(() if vector else (-1,)))
 
     @property
@@ -151,7 +194,8 @@ class Units:
         return tuple(range(weights[1]))  # queries come first, their bias behind them
 
     def _shape(self, parameter: str) -> tuple[int, ...]:
-        return tuple(self._source.skeleton.get_parameter(parameter).shape)
+        shape = tuple(self._source.skeleton.get_parameter(parameter).shape)
+        return shape if self.expert is None else shape[1:]
 
     def best(self, scores: Tensor) -> Cut:
         """Keeps the units with the highest of (count,) scores, among equals the first; as many of each set."""
@@ -161,11 +205,16 @@ class Units:
         return Cut((best + size * torch.arange(self.sets, device=best.device)[:, None]).flatten().sort().values)
 
     def _whole(self, parameter: str) -> Tensor:
-        return self._source.parameter(parameter).to(self._device).float()
+        return self._stored(parameter).to(self._device).float()
+
+    def _stored(self, parameter: str) -> Tensor:
+        if self.expert is None:
+            return self._source.parameter(parameter)
+        return self._source.entry(parameter, self.expert)
 
     def _rows(self, part: Slice) -> Tensor:
         size = self.count * part.width
-        tensor = self._source.parameter(part.parameter).narrow(part.dim, part.offset, size)
+        tensor = self._stored(part.parameter).narrow(part.dim, part.offset, size)
         tensor = tensor.to(self._device).float()
         return (tensor.T if part.dim == 1 else tensor).reshape(self.count, -1)
 
@@ -195,14 +244,24 @@ class Neurons(Units):
         return self._rows(self._layer.up)
 
 
-def units_of(source: Source, block: int, axis: Axis, keep: int | None = None, device: str = "cpu") -> Units:
-    """The units of that kind in a block that has some."""
+def units_of(
+    source: Source, block: int, axis: Axis, keep: int | None = None, device: str = "cpu", expert: int | None = None
+) -> Units:
+    """The units of that kind in a block that has some; of neurons inside experts those of one."""
     found = source.anatomy.blocks[block]
     if axis == "neurons" and found.feed_forward:
         return Neurons(source, block, found.feed_forward, keep, device)
     group = found.group(axis)
     assert group is not None, "asked for where it is"
-    return Units(source, block, group, keep, device)
+    assert bool(group.stacked) == (expert is not None), "experts are asked about one by one"
+    return Units(source, block, group if expert is None else group.one, keep, device, expert)
+
+
+def norm_products(units: Units) -> Tensor:
+    """(count,) product of the norms of a unit's rows in every matrix that makes it, and of its output columns."""
+    norms = [rows.norm(dim=1) for rows in units.makers]
+    norms.append(units.per_unit(units.output).movedim(1, 0).flatten(1).norm(dim=1))
+    return torch.stack(norms).prod(dim=0)
 
 
 UnitsT = TypeVar("UnitsT", bound=Units)

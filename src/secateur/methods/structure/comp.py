@@ -11,6 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from secateur.network.anatomy import COLUMN_AXES
 from secateur.registry import Cut, Gram, Units, method
 from secateur.tensor.mask_tuning import leverage_scores, tune_scales
 
@@ -22,6 +23,7 @@ from secateur.tensor.mask_tuning import leverage_scores, tune_scales
     claim="6.13 % better than LLM-Pruner on LLaMA-2-7B at 20 %, with 80 % less memory",
     when="after training",
     speedup="universal",
+    axes=(*COLUMN_AXES, "expert_neurons"),
     criterion="reconstruction",
     schedule="one-shot",
 )

@@ -20,7 +20,7 @@ from secateur.registry import Cut, Moments, Units, method
     claim="without retraining better than LLM-Pruner and Wanda-sp on LLaMA (recalled)",
     when="after training",
     speedup="universal",
-    axes=(*COLUMN_AXES, "head_dims"),
+    axes=(*COLUMN_AXES, "head_dims", "expert_neurons"),
     criterion="activation",
     schedule="one-shot",
 )

@@ -38,7 +38,7 @@ from secateur.tensor.products import linear
     speedup="universal",
     criterion="similarity",
     schedule="one-shot",
-    axes=("heads", "neurons"),
+    axes=("heads", "neurons", "expert_neurons"),
     scores=False,
 )
 def fold(
@@ -63,7 +63,7 @@ def fold(
     if cluster == "ward":
         labels = ward(gram, units.keep)
     else:
-        labels = k_means(gram, units.keep, context.generator("fold", units.axis, units.block), starts)
+        labels = k_means(gram, units.keep, context.generator("fold", *units.address), starts)
     # clusters in the order of the units that stand for them, whose places they take
     kept, order = representatives(gram, labels).sort()
     labels = order.argsort()[labels]

@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from secateur.network.anatomy import COLUMN_AXES
 from secateur.registry import Cut, Gram, Moments, Units, UnitsFrom, method
 from secateur.tensor.interpolation import interpolate
 
@@ -24,6 +25,7 @@ from secateur.tensor.interpolation import interpolate
     claim="BERT keeps 98 % of its accuracy with half of its parameters removed, in minutes",
     when="after training",
     speedup="universal",
+    axes=(*COLUMN_AXES, "expert_neurons"),
     criterion="another method's",
     schedule="one-shot",
     refuses=lambda given: (

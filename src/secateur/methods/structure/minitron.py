@@ -30,16 +30,13 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from secateur.contract import count_of
+from secateur.contract import CutAxes, count_of
 from secateur.errors import RequestError
 from secateur.network.anatomy import CutAxis
 from secateur.network.widths import round_width
 from secateur.registry import Activations, Context, Cut, Network, Plan, Ratio, Units, method
 from secateur.tensor.head_residuals import residual_partners
 
-Axes = Annotated[
-    list[CutAxis], Field(min_length=1), BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-]
 Widths = dict[CutAxis, int]
 NEAR = 0.05  # candidates have within this of the wanted number of parameters
 LISTED = 20
@@ -79,7 +76,7 @@ def minitron(
     activations: Activations,
     context: Context,
     *,
-    axis: Axes = ["neurons"],  # noqa: B006 (read by the schema, never changed)
+    axis: CutAxes = ["neurons"],  # noqa: B006 (read by the schema, never changed)
     ratio: Ratio = 0.2,
     ratios: dict[CutAxis, Ratio] | None = None,
     target: Annotated[float | None, Field(gt=0), BeforeValidator(_share_or_count)] = None,

@@ -15,10 +15,12 @@ from secateur.registry import Context, Cut, Units, method
     speedup="universal",
     criterion="random",
     schedule="one-shot",
-    axes=AXES,
+    axes=(*AXES, "channels"),
 )
 def random_units(units: Units, context: Context) -> Cut:
     """Keeps units drawn uniformly without replacement."""
-    stream = "units" if units.axis == "neurons" else units.axis
-    order = torch.randperm(units.count, generator=context.generator(stream, units.block))
+    address = (
+        ("units", units.block) if units.axis == "neurons" else units.address
+    )  # so that old recipes draw as they did
+    order = torch.randperm(units.count, generator=context.generator(*address))
     return units.best(-order.argsort().double())  # a unit's place in the order decides

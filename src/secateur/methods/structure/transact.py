@@ -13,6 +13,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from secateur.network.anatomy import COLUMN_AXES, NEURON_AXES
 from secateur.registry import Cut, InputNorms, Units, method
 
 
@@ -23,6 +24,7 @@ from secateur.registry import Cut, InputNorms, Units, method
     claim="best at high compression of LLaMA-2-7B, with a smaller KV cache",
     when="after training",
     speedup="universal",
+    axes=(*COLUMN_AXES, "expert_neurons"),
     criterion="activation",
     schedule="one-shot",
 )
@@ -33,7 +35,7 @@ def transact(units: Units, norms: InputNorms, *, peak: Annotated[float, Field(ge
         peak: how much the largest dimension of a head counts, beside their mean; divided by the size of a head.
     """
     sizes = units.per_unit(norms.squares.sqrt())
-    if units.axis == "neurons":
+    if units.axis in NEURON_AXES:
         return units.best(sizes[:, 0])
     heads = sizes.unflatten(1, (-1, units.head_dim))
     return units.best((heads.mean(2) + peak / units.head_dim * heads.amax(2)).mean(1))

@@ -28,7 +28,7 @@ from secateur.tensor.elimination import eliminate_units
     speedup="universal",
     criterion="reconstruction",
     schedule="one-shot",
-    axes=("heads", "neurons"),
+    axes=("heads", "neurons", "expert_neurons"),
     scores=False,
 )
 def unit_surgeon(

@@ -19,7 +19,7 @@ from secateur.registry import Cut, InputNorms, Units, method
     claim="none for whole units: a baseline of later papers",
     when="after training",
     speedup="universal",
-    axes=(*COLUMN_AXES, "head_dims"),
+    axes=(*COLUMN_AXES, "head_dims", "expert_neurons"),
     criterion="activation",
     schedule="one-shot",
 )

@@ -250,7 +250,9 @@ def _knowledge(opened: Sequence[Opened], facts: Facts, limit: int | None, alike:
     ours, theirs = opened
     key = ("kick", facts.sha256, limit)
     if key not in theirs.answered:
-        theirs.answered[key] = examine_dense(theirs.module, theirs.tokenizer, facts, limit=limit, progress=progress)
+        theirs.answered[key] = examine_dense(
+            theirs.module, theirs.tokenizer, facts, limit=limit, predicts=theirs.predicts, progress=progress
+        )
     return measure_kick(ours.module, ours.tokenizer, theirs.answered[key], texts=alike, progress=progress)
 
 

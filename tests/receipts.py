@@ -200,6 +200,7 @@ def pruned(method: str = "magnitude", **figures: Any) -> dict[str, Any]:
     made["decisions"][0].pop("units")
     made["decisions"][0]["notes"] = {}
     made["decisions"][0]["matrices"] = {name: {"removed": 5000, "of": 10000, "updated": False} for name in names}
+    made["zeros"] = {"zeros": 5000 * len(names), "of": 10000 * len(names)}
     made["stored"] = {
         "source": {"bytes": 269_000_000, "zstd": 250_000_000},
         "result": {"bytes": 269_000_000, "zstd": 150_000_000},

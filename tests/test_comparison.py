@@ -313,6 +313,7 @@ def test_runs_are_those_of_compress_and_every_row_is_told(
         assert row["achieved"]["parameters"] == outcomes.parameters(_load(result))
         assert row["budget"]["within"] == (abs(row["achieved"]["parameters"] / (0.8 * dense) - 1) <= 0.01)
         assert row["budget"]["within"], row["budget"]
+        assert row["achieved"]["zeros"] == 0
         receipt = json.loads((result / "secateur.json").read_text())
         assert receipt["card"] == row["card"] and "perplexity" in (result / "README.md").read_text()
         alone = evaluate(result, model("llama"), text=text, windows=1, speed=False).to_dict()
@@ -569,15 +570,27 @@ def test_where_speed_has_no_room_the_row_says_so(model: Make, text: Path, quick:
     assert "Not measured: speed" in shown(told.summary)
 
 
-def test_zeros_of_several_steps_on_one_matrix_count_once(model: Make, quick: dict, tmp_path: Path) -> None:
-    both = steps({"magnitude": {"pattern": 0.2}}, {"magnitude": {"pattern": 0.3}})
-    options = {**quick, "evaluate": False}
-    told = secateur.compare(model("llama"), {"both": both}, output=tmp_path / "out", **options)
-    [row] = told.summary["rows"]
-    weights = [
-        p for name, p in _load(tmp_path / "out/runs/both").named_parameters() if p.ndim == 2 and "layers" in name
-    ]
-    assert row["achieved"]["zeros"] == sum(p.numel() - int(p.count_nonzero()) for p in weights) > 0
+def test_zeros_are_those_that_are_written(model: Make, quick: dict, tmp_path: Path) -> None:
+    """Whatever later steps did to the matrices that an earlier one zeroed weights in, and wherever they lie by then."""
+    recipes = {
+        "both": steps({"magnitude": {"pattern": 0.2}}, {"magnitude": {"pattern": 0.3}}),
+        "then cut": steps({"magnitude": {"pattern": 0.5}}, {"magnitude_units": {"ratios": [0.4] * tiny.BLOCKS}}),
+        "then dropped": steps({"magnitude": {"pattern": 0.3, "targets": "attention"}}, {"layer_drop": {"remove": 1}}),
+    }
+    told = secateur.compare(
+        model("llama"), recipes, output=tmp_path / "out", budget="parameters=0.8", **{**quick, "evaluate": False}
+    )
+    rows = rows_of(told)
+    for name, row in rows.items():
+        module, seen = _load(tmp_path / "out" / row["result"]), "self_attn" if name == "then dropped" else "layers"
+        weights = [p for key, p in module.named_parameters() if p.ndim == 2 and seen in key]
+        zeros = sum(p.numel() - int(p.count_nonzero()) for p in weights)
+        assert row["achieved"]["zeros"] == zeros > 0, name
+        receipt = json.loads((tmp_path / "out" / row["receipt"]).read_text())
+        assert receipt["zeros"] == {"zeros": zeros, "of": sum(p.numel() for p in weights)}, name
+    for name in ("both", "then cut"):
+        assert rows[name]["budget"]["measure"] == "zeros"
+        assert rows[name]["budget"]["reached"] == rows[name]["achieved"]["zeros"]
 
 
 @pytest.mark.every

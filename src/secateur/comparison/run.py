@@ -28,7 +28,6 @@ from secateur.evaluation.energy import Meter
 from secateur.evaluation.measure import Opened, open_reference, with_speed
 from secateur.evaluation.memory import bytes_on_disk
 from secateur.evaluation.task_files import Asked, read_definition
-from secateur.figures import zeros_of
 from secateur.files import human, read_json, sha256, write_json, write_text
 from secateur.network.source import check_device, load, open_model
 from secateur.network.store import check_output
@@ -317,14 +316,13 @@ class _Comparison:
         }  # fmt: skip
 
     def _count(self, output: Path, receipt: Mapping[str, Any]) -> dict[str, Any]:
-        """What a result counts, by its own files and shapes; zeros by what the steps found in the matrices they left."""
+        """What a result counts, by its own files and shapes."""
         result = open_model(output, trust_remote_code=self.trust_remote_code)
-        zeros, _ = zeros_of(receipt["decisions"])
         return {
             "parameters": result.anatomy.parameters,
             "multiply_adds": multiply_adds(result.skeleton, tokens_counted(self.source)),
             "bytes": bytes_on_disk(output),
-            "zeros": zeros,
+            "zeros": receipt.get("zeros", {}).get("zeros", 0),
         }
 
     def _labelled(self, name: str) -> Progress:

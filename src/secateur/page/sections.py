@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from secateur.explain import Explanation, explain
-from secateur.figures import at, number, zeros_of
+from secateur.figures import at, number
 from secateur.files import human
 from secateur.page.charts import Chart, Series, brief, lines
 from secateur.page.gather import Comparison, Run
@@ -210,8 +210,8 @@ def _tiles(receipt: Mapping[str, Any], card: Mapping[str, Any]) -> list[Tile]:
     elif (size := number(counted.get("parameters"))) is not None:
         tiles.append(Tile("parameters", brief(size)))
     told = Told(receipt)
-    zeros, of = zeros_of(receipt["decisions"])
-    if of:
+    zeros, of = (number(at(receipt, ("zeros", key))) for key in ("zeros", "of"))
+    if zeros is not None and of:
         tiles.append(Tile("weights that are zero", percent(zeros / of), f"{brief(zeros)} of {brief(of)}"))
     if (loss := told.loss) is not None:
         ours, theirs = (number(at(card, (side, "perplexity", "perplexity"))) for side in ("model", "reference"))

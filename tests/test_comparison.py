@@ -642,20 +642,32 @@ def test_a_model_with_a_broken_weight_is_refused_before_anything_stays(tmp_path:
     assert not (tmp_path / "new").exists()
 
 
+# run by tests/forked.py, which gives `clean`
 PROGRAM = """
-import secateur, secateur.evaluation.measure
+import os
+from pathlib import Path
+
+import secateur, secateur.comparison.run, secateur.evaluation.measure
 from secateur.evaluation.memory import Memory
 
 used = Memory(peak=2, baseline=1, tokens=8, dtype="float32")
 secateur.evaluation.measure.memory = lambda *_, **__: used
+compress = secateur.comparison.run.compress
+
+def noted(*arguments, **given):
+    with Path({output!r}).with_name("who").open("a") as file:
+        file.write(os.environ["RANK"] + " of " + os.environ["WORLD_SIZE"] + ": " + given["output"].name + chr(10))
+    return compress(*arguments, **given)
+
+secateur.comparison.run.compress = noted
 recipes = {{name: secateur.Recipe.parse(recipe) for name, recipe in {recipes}.items()}}
-secateur.compare({model!r}, recipes, output={output!r}, windows=1, pairs=1)
+secateur.compare({model!r}, recipes, output={output!r}, windows=1, pairs=1, clean=clean)
 """
 
 
 @pytest.mark.every
 def test_two_processes_share_the_runs_out(model: Make, calibration: Path, quick: dict, tmp_path: Path) -> None:
-    from test_distributed import torchrun
+    from test_distributed import forked
 
     learned = {"data": str(calibration), "samples": 6, "length": 16, "held_out": 2}
     recipes: dict[str, dict[str, Any]] = {
@@ -665,8 +677,9 @@ def test_two_processes_share_the_runs_out(model: Make, calibration: Path, quick:
     }
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(recipes=recipes, model=str(model("llama")), output=str(tmp_path / "two")))
-    ended = torchrun(program)
+    ended = forked(program)
     assert ended.returncode == 0, ended.stderr
+    assert sorted((tmp_path / "who").read_text().splitlines()) == ["0 of 2: experts", "0 of 2: flap", "1 of 2: random"]
     alone = {name: Recipe.parse(recipe) for name, recipe in recipes.items()}
     secateur.compare(model("llama"), alone, output=tmp_path / "one", **quick)
     one, two = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("one", "two"))

@@ -183,6 +183,13 @@ def test_rows_are_named_after_files_methods_and_the_grid(tmp_path: Path) -> None
         (["--method", "flap", "--keep", "some"], "none of all, front and none"),
         (["--method", "flap", "--seed", "1", "--seed", "1"], "named twice"),
         (["--recipe", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["--method", "flap", "--tolerance", "0.1"], "--tolerance would change nothing without --budget"),
+        (["--method", "flap", "--no-evaluate", "--kick"], "--kick would change nothing beside --no-evaluate"),
+        (
+            ["--method", "flap", "--no-evaluate", "--pairs", "3", "--windows", "2"],
+            "--windows and --pairs would change nothing beside --no-evaluate",
+        ),
+        (["--method", "flap", "--limit", "3"], "--limit says how many questions are asked, and none are"),
     ],
 )
 def test_a_wrong_request_writes_nothing(model: Make, tmp_path: Path, arguments: list[str], said: str) -> None:

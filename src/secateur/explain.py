@@ -122,7 +122,7 @@ def _cost(told: Told) -> Iterator[Sentence]:
     agreement, kl = told.number("card", "divergence", "agreement"), told.number("card", "divergence", "kl")
     if agreement is not None and kl is not None:
         text = told.at("card", "divergence", "protocol", "text")
-        where = f" on {text}" if text else ""
+        where = f" on {'text ' if str(text).startswith('written by') else ''}{text}" if text else ""
         yield told.say(
             f"It ranks the same token first as the original for {percent(agreement)} of the tokens, and its predictions lie "
             f"{kl:.3g} nats a token from the original's (KL){where}.",

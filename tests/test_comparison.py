@@ -15,10 +15,11 @@ import command
 import outcomes
 import secateur
 import tiny
-from secateur.comparison import Budget, entries, render
+from secateur.comparison import Budget, entries, measuring, render
 from secateur.comparison import run as running
 from secateur.comparison.budget import fit
 from secateur.comparison.entries import Entry, measured_alike
+from secateur.comparison.state import task_data
 from secateur.comparison.summary import fronts_of, row_of
 from secateur.comparison.table import write_csv
 from secateur.evaluation import forward
@@ -357,7 +358,7 @@ def test_runs_are_those_of_compress_and_every_row_is_told(
     now = rows_of(told)["flap"] | {"fronts": rows["flap"]["fronts"]}  # what is timed now may be faster
     assert again == ["broken"] and now == rows["flap"]
     before = command.snapshot(tmp_path / "out")
-    monkeypatch.setattr(running, "open_reference", lambda *_, **__: pytest.fail("nothing is left to measure"))
+    monkeypatch.setattr(measuring, "open_reference", lambda *_, **__: pytest.fail("nothing is left to measure"))
     secateur.compare(model("llama"), recipes, output=tmp_path / "out", budget="parameters=0.8", text=text, **quick)
     assert command.snapshot(tmp_path / "out") == before and again == ["broken"]
     with pytest.raises(secateur.RequestError, match="another comparison, which differs in budget"):
@@ -457,10 +458,10 @@ def test_what_was_asked_of_results_is_shown_and_measured_again_where_it_failed(
     counter.write_text("0")
     asked = {"question": "what ran", "answers": "the river", "context": "the river ran", "alternatives": ["the light"]}
     facts.write_text(json.dumps(asked) + "\n")
-    monkeypatch.setattr(running.Meter, "find", lambda: Meter([Counter("package-0", counter, 10**6)]))
+    monkeypatch.setattr(measuring.Meter, "find", lambda: Meter([Counter("package-0", counter, 10**6)]))
     recipes = {"half": steps({"random_units": {"ratio": 0.5}})}
-    real, options = running.measure, {"output": out, "limit": 1, "facts": facts, **quick, "window": 16}
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {"skipped": "there is no room"})
+    real, options = measuring.measure, {"output": out, "limit": 1, "facts": facts, **quick, "window": 16}
+    monkeypatch.setattr(measuring, "measure", lambda *_, **__: {"skipped": "there is no room"})
     told = secateur.compare(model("llama"), recipes, **options, keep="front")
     [row] = told.summary["rows"]
     assert row["card"] is None and row["not_measured"] == "there is no room" and row["result"]
@@ -470,7 +471,7 @@ def test_what_was_asked_of_results_is_shown_and_measured_again_where_it_failed(
         measured.append("again")
         return real(*arguments, **given)
 
-    monkeypatch.setattr(running, "measure", measure)
+    monkeypatch.setattr(measuring, "measure", measure)
     monkeypatch.setattr(running, "scanned", lambda *_: pytest.fail("nothing is left to run"))
     told = secateur.compare(model("llama"), recipes, **options)
     [row] = told.summary["rows"]
@@ -559,7 +560,7 @@ def test_a_comparison_knows_the_data_of_its_tasks(model: Make, tmp_path: Path) -
     data, prints = tmp_path / "piqa.jsonl", list[str]()
     for goal in ("run", "walk"):
         data.write_text(json.dumps({"goal": goal, "sol1": "a", "sol2": "b", "label": 0}) + "\n")
-        told = running._task_data([f"piqa={data}"], trust_remote_code=False)
+        told = task_data([f"piqa={data}"], trust_remote_code=False)
         prints.append(json.dumps(told))
     assert prints[0] != prints[1] and "lm-eval" in prints[0]
 

@@ -31,7 +31,17 @@ suppress_warnings = ["misc.highlighting_failure"]
 TREES = {
     "index": (
         "Contents",
-        ["first_compression", "result_card", "own_data", "tasks", "which_method", "add_a_method", "methods/index", "api"],
+        [
+            "first_compression",
+            "result_card",
+            "comparing",
+            "own_data",
+            "tasks",
+            "which_method",
+            "add_a_method",
+            "methods/index",
+            "api",
+        ],
     ),
     "methods/index": ("Methods", ["*"]),
 }  # fmt: skip

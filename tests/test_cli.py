@@ -16,7 +16,7 @@ import gguf_file
 import outcomes
 import tiny
 from command import compress, secateur, snapshot
-from secateur import forecast, registry, run
+from secateur import RequestError, cli, forecast, registry, run
 from secateur.network.source import open_model
 from secateur.recipe import Evaluate
 from secateur.workspace import Workspace
@@ -201,7 +201,7 @@ def test_calibration_options_change_only_what_they_name(model: Make, ids: Path, 
         f"steps: [wanda]\ncalibration: {{data: {ids}, samples: 9, length: 20, held_out: 3, order: first}}\n"
     )
     arguments = ("--recipe", tmp_path / "recipe.yaml", "--samples", 4)
-    assert compress(model("llama"), tmp_path / "out", *arguments, method=None).code == 0
+    assert secateur("compress", model("llama"), "--output", tmp_path / "out", "--quiet", *arguments).code == 0
     receipt = json.loads((tmp_path / "out" / "secateur.json").read_text())
     said = receipt["recipe"]["calibration"]
     assert (said["data"], said["samples"], said["length"], said["held_out"]) == (str(ids), 4, 20, 3)
@@ -330,3 +330,97 @@ def test_as_a_program(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr.count("\n") == 1 and "nowhere" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--limit", "3"], "--limit says how many questions are asked, and none are; add --tasks, --kick or --facts"),
+        (["--prompts", "8"], "--prompts would change nothing without --divergent"),
+        (
+            ["--continuation", "8", "--prompt-length", "4"],
+            "--prompt-length and --continuation would change nothing without --divergent",
+        ),
+        (["--pairs", "10", "--no-speed"], "--pairs would change nothing beside --no-speed"),
+        (
+            ["--prefill", "64", "--batch", "2", "--no-speed"],
+            "--prefill and --batch would change nothing beside --no-speed",
+        ),
+        (["--decode", "0", "--no-speed"], "--decode would change nothing beside --no-speed"),
+        (["--windows", "2"], "--windows would change nothing where nothing is read; add --text or --reference"),
+        (["--window", "64"], "--window would change nothing where nothing is read"),
+        (["--seed", "0", "--text", "t", "--no-speed"], "--seed would change nothing with --text and --no-speed"),
+        (["--divergent"], "name the model it was made from with --reference"),
+        (["--kick"], "name it with --reference"),
+        (["--facts", "f.jsonl"], "name it with --reference"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").write_text("words")
+    told = secateur("evaluate", model("llama"), "--json", "card.json", *arguments)
+    assert told.code == 2 and said in " ".join(told.err.split()), told
+    assert told.err.count("error:") == 1 and not (tmp_path / "card.json").exists()
+
+
+def test_options_that_are_used_are_not_refused(model: Callable[..., Path], tmp_path: Path) -> None:
+    """A value that is the default may be said; what one option makes of use is not refused."""
+    for place in ("evaluate", "compare"):
+        used = [
+            "--reference",
+            model("llama"),
+            "--seed",
+            3,
+            "--windows",
+            1,
+            "--no-speed",
+            "--divergent",
+            "--prompts",
+            64,
+        ]
+        if place == "compare":
+            used = [
+                "--method",
+                "magnitude",
+                "--windows",
+                1,
+                "--budget",
+                "x",
+                "--tolerance",
+                0.01,
+                "--facts",
+                "f",
+                "--limit",
+                1,
+            ]
+        told = secateur(place, tmp_path / "nowhere", *used)
+        assert told.code == 2 and "change nothing" not in told.err and "questions" not in told.err
+
+
+def test_compress_refuses_what_measuring_alone_reads(model: Callable[..., Path], tmp_path: Path) -> None:
+    told = compress(model("llama"), tmp_path / "out", "--windows", 2)
+    assert told.code == 2 and "--windows would change nothing beside --no-evaluate" in told.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_shared_options_are_declared_once() -> None:
+    """The same name takes the same, and says the same of it, in every command that has it; but for what is meant by it."""
+    from typer.main import get_command
+
+    own = {
+        "seed", "output", "model", "recipe", "method", "set_", "pairs", "tokens", "to", "json_", "dtype", "decode",
+    }  # fmt: skip
+    seen: dict[str, set[str]] = {}
+    for each in get_command(cli.app).commands.values():  # type: ignore[attr-defined]
+        for parameter in each.params:
+            if parameter.name not in own:
+                seen.setdefault(parameter.name, set()).add(f"{parameter.opts} {parameter.help}")
+    assert not {name: said for name, said in seen.items() if len(said) > 1}
+
+
+def test_a_limit_of_questions_that_nothing_asks_is_refused_in_recipes() -> None:
+    with pytest.raises(RequestError, match="none are"):
+        Evaluate(limit=3).check(trust_remote_code=False)
+    Evaluate(limit=3, kick=True).check(trust_remote_code=False)

@@ -15,10 +15,11 @@ import command
 import outcomes
 import secateur
 import tiny
-from secateur.comparison import Budget, entries, render
+from secateur.comparison import Budget, entries, measuring, render
 from secateur.comparison import run as running
 from secateur.comparison.budget import fit
 from secateur.comparison.entries import Entry, measured_alike
+from secateur.comparison.state import task_data
 from secateur.comparison.summary import fronts_of, row_of
 from secateur.comparison.table import write_csv
 from secateur.evaluation import forward
@@ -183,6 +184,13 @@ def test_rows_are_named_after_files_methods_and_the_grid(tmp_path: Path) -> None
         (["--method", "flap", "--keep", "some"], "none of all, front and none"),
         (["--method", "flap", "--seed", "1", "--seed", "1"], "named twice"),
         (["--recipe", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["--method", "flap", "--tolerance", "0.1"], "--tolerance would change nothing without --budget"),
+        (["--method", "flap", "--no-evaluate", "--kick"], "--kick would change nothing beside --no-evaluate"),
+        (
+            ["--method", "flap", "--no-evaluate", "--pairs", "3", "--windows", "2"],
+            "--windows and --pairs would change nothing beside --no-evaluate",
+        ),
+        (["--method", "flap", "--limit", "3"], "--limit says how many questions are asked, and none are"),
     ],
 )
 def test_a_wrong_request_writes_nothing(model: Make, tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -313,6 +321,7 @@ def test_runs_are_those_of_compress_and_every_row_is_told(
         assert row["achieved"]["parameters"] == outcomes.parameters(_load(result))
         assert row["budget"]["within"] == (abs(row["achieved"]["parameters"] / (0.8 * dense) - 1) <= 0.01)
         assert row["budget"]["within"], row["budget"]
+        assert row["achieved"]["zeros"] == 0
         receipt = json.loads((result / "secateur.json").read_text())
         assert receipt["card"] == row["card"] and "perplexity" in (result / "README.md").read_text()
         alone = evaluate(result, model("llama"), text=text, windows=1, speed=False).to_dict()
@@ -349,7 +358,7 @@ def test_runs_are_those_of_compress_and_every_row_is_told(
     now = rows_of(told)["flap"] | {"fronts": rows["flap"]["fronts"]}  # what is timed now may be faster
     assert again == ["broken"] and now == rows["flap"]
     before = command.snapshot(tmp_path / "out")
-    monkeypatch.setattr(running, "open_reference", lambda *_, **__: pytest.fail("nothing is left to measure"))
+    monkeypatch.setattr(measuring, "open_reference", lambda *_, **__: pytest.fail("nothing is left to measure"))
     secateur.compare(model("llama"), recipes, output=tmp_path / "out", budget="parameters=0.8", text=text, **quick)
     assert command.snapshot(tmp_path / "out") == before and again == ["broken"]
     with pytest.raises(secateur.RequestError, match="another comparison, which differs in budget"):
@@ -449,10 +458,10 @@ def test_what_was_asked_of_results_is_shown_and_measured_again_where_it_failed(
     counter.write_text("0")
     asked = {"question": "what ran", "answers": "the river", "context": "the river ran", "alternatives": ["the light"]}
     facts.write_text(json.dumps(asked) + "\n")
-    monkeypatch.setattr(running.Meter, "find", lambda: Meter([Counter("package-0", counter, 10**6)]))
+    monkeypatch.setattr(measuring.Meter, "find", lambda: Meter([Counter("package-0", counter, 10**6)]))
     recipes = {"half": steps({"random_units": {"ratio": 0.5}})}
-    real, options = running.measure, {"output": out, "limit": 1, "facts": facts, **quick, "window": 16}
-    monkeypatch.setattr(running, "measure", lambda *_, **__: {"skipped": "there is no room"})
+    real, options = measuring.measure, {"output": out, "limit": 1, "facts": facts, **quick, "window": 16}
+    monkeypatch.setattr(measuring, "measure", lambda *_, **__: {"skipped": "there is no room"})
     told = secateur.compare(model("llama"), recipes, **options, keep="front")
     [row] = told.summary["rows"]
     assert row["card"] is None and row["not_measured"] == "there is no room" and row["result"]
@@ -462,7 +471,7 @@ def test_what_was_asked_of_results_is_shown_and_measured_again_where_it_failed(
         measured.append("again")
         return real(*arguments, **given)
 
-    monkeypatch.setattr(running, "measure", measure)
+    monkeypatch.setattr(measuring, "measure", measure)
     monkeypatch.setattr(running, "scanned", lambda *_: pytest.fail("nothing is left to run"))
     told = secateur.compare(model("llama"), recipes, **options)
     [row] = told.summary["rows"]
@@ -551,7 +560,7 @@ def test_a_comparison_knows_the_data_of_its_tasks(model: Make, tmp_path: Path) -
     data, prints = tmp_path / "piqa.jsonl", list[str]()
     for goal in ("run", "walk"):
         data.write_text(json.dumps({"goal": goal, "sol1": "a", "sol2": "b", "label": 0}) + "\n")
-        told = running._task_data([f"piqa={data}"], trust_remote_code=False)
+        told = task_data([f"piqa={data}"], trust_remote_code=False)
         prints.append(json.dumps(told))
     assert prints[0] != prints[1] and "lm-eval" in prints[0]
 
@@ -569,15 +578,27 @@ def test_where_speed_has_no_room_the_row_says_so(model: Make, text: Path, quick:
     assert "Not measured: speed" in shown(told.summary)
 
 
-def test_zeros_of_several_steps_on_one_matrix_count_once(model: Make, quick: dict, tmp_path: Path) -> None:
-    both = steps({"magnitude": {"pattern": 0.2}}, {"magnitude": {"pattern": 0.3}})
-    options = {**quick, "evaluate": False}
-    told = secateur.compare(model("llama"), {"both": both}, output=tmp_path / "out", **options)
-    [row] = told.summary["rows"]
-    weights = [
-        p for name, p in _load(tmp_path / "out/runs/both").named_parameters() if p.ndim == 2 and "layers" in name
-    ]
-    assert row["achieved"]["zeros"] == sum(p.numel() - int(p.count_nonzero()) for p in weights) > 0
+def test_zeros_are_those_that_are_written(model: Make, quick: dict, tmp_path: Path) -> None:
+    """Whatever later steps did to the matrices that an earlier one zeroed weights in, and wherever they lie by then."""
+    recipes = {
+        "both": steps({"magnitude": {"pattern": 0.2}}, {"magnitude": {"pattern": 0.3}}),
+        "then cut": steps({"magnitude": {"pattern": 0.5}}, {"magnitude_units": {"ratios": [0.4] * tiny.BLOCKS}}),
+        "then dropped": steps({"magnitude": {"pattern": 0.3, "targets": "attention"}}, {"layer_drop": {"remove": 1}}),
+    }
+    told = secateur.compare(
+        model("llama"), recipes, output=tmp_path / "out", budget="parameters=0.8", **{**quick, "evaluate": False}
+    )
+    rows = rows_of(told)
+    for name, row in rows.items():
+        module, seen = _load(tmp_path / "out" / row["result"]), "self_attn" if name == "then dropped" else "layers"
+        weights = [p for key, p in module.named_parameters() if p.ndim == 2 and seen in key]
+        zeros = sum(p.numel() - int(p.count_nonzero()) for p in weights)
+        assert row["achieved"]["zeros"] == zeros > 0, name
+        receipt = json.loads((tmp_path / "out" / row["receipt"]).read_text())
+        assert receipt["zeros"] == {"zeros": zeros, "of": sum(p.numel() for p in weights)}, name
+    for name in ("both", "then cut"):
+        assert rows[name]["budget"]["measure"] == "zeros"
+        assert rows[name]["budget"]["reached"] == rows[name]["achieved"]["zeros"]
 
 
 @pytest.mark.every
@@ -629,20 +650,32 @@ def test_a_model_with_a_broken_weight_is_refused_before_anything_stays(tmp_path:
     assert not (tmp_path / "new").exists()
 
 
+# run by tests/forked.py, which gives `clean`
 PROGRAM = """
-import secateur, secateur.evaluation.measure
+import os
+from pathlib import Path
+
+import secateur, secateur.comparison.run, secateur.evaluation.measure
 from secateur.evaluation.memory import Memory
 
 used = Memory(peak=2, baseline=1, tokens=8, dtype="float32")
 secateur.evaluation.measure.memory = lambda *_, **__: used
+compress = secateur.comparison.run.compress
+
+def noted(*arguments, **given):
+    with Path({output!r}).with_name("who").open("a") as file:
+        file.write(os.environ["RANK"] + " of " + os.environ["WORLD_SIZE"] + ": " + given["output"].name + chr(10))
+    return compress(*arguments, **given)
+
+secateur.comparison.run.compress = noted
 recipes = {{name: secateur.Recipe.parse(recipe) for name, recipe in {recipes}.items()}}
-secateur.compare({model!r}, recipes, output={output!r}, windows=1, pairs=1)
+secateur.compare({model!r}, recipes, output={output!r}, windows=1, pairs=1, clean=clean)
 """
 
 
 @pytest.mark.every
 def test_two_processes_share_the_runs_out(model: Make, calibration: Path, quick: dict, tmp_path: Path) -> None:
-    from test_distributed import torchrun
+    from test_distributed import forked
 
     learned = {"data": str(calibration), "samples": 6, "length": 16, "held_out": 2}
     recipes: dict[str, dict[str, Any]] = {
@@ -652,8 +685,9 @@ def test_two_processes_share_the_runs_out(model: Make, calibration: Path, quick:
     }
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(recipes=recipes, model=str(model("llama")), output=str(tmp_path / "two")))
-    ended = torchrun(program)
+    ended = forked(program)
     assert ended.returncode == 0, ended.stderr
+    assert sorted((tmp_path / "who").read_text().splitlines()) == ["0 of 2: experts", "0 of 2: flap", "1 of 2: random"]
     alone = {name: Recipe.parse(recipe) for name, recipe in recipes.items()}
     secateur.compare(model("llama"), alone, output=tmp_path / "one", **quick)
     one, two = (json.loads((tmp_path / name / "compare.json").read_text()) for name in ("one", "two"))

@@ -29,7 +29,13 @@ import build  # noqa: E402 (a script beside the pages)
 
 WRITTEN = [page for page in pages.pages() if page.parent.name != "methods"]
 # How many blocks are not run. A block more here is a block less that is known to work: raise it for a reason alone.
-NOT_RUN = {"README.md": 2, "docs/add_a_method.md": 1, "docs/first_compression.md": 2, "docs/result_card.md": 1}
+NOT_RUN = {
+    "README.md": 2,
+    "docs/add_a_method.md": 1,
+    "docs/comparing.md": 1,
+    "docs/first_compression.md": 2,
+    "docs/result_card.md": 1,
+}
 
 
 @pytest.fixture(scope="session")

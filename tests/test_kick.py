@@ -9,10 +9,14 @@ from torch import nn
 
 import tiny
 from secateur.errors import RequestError
-from secateur.evaluation import ResultCard, evaluate, examine_dense, kick, read_facts
+from secateur.evaluation import Continuations, ResultCard, evaluate, examine_dense, kick, read_facts
 from secateur.evaluation.facts import Fact, Facts
 from secateur.evaluation.kick import QUESTION, _encoded, _greedy, _hit, _log_likelihoods, _score, _with_context
+from secateur.evaluation.measure import Opened
+from secateur.evaluation.remembered import Remembered, logits_after
 from secateur.evaluation.task_table import score_rows, score_sentences
+
+SHORT = Continuations(2, 4, 3)
 
 
 def test_shipped_facts_answer_themselves() -> None:
@@ -182,3 +186,34 @@ def test_kick_on_the_card() -> None:
     assert "first 2 of" in score_sentences(card)[-1]
     with pytest.raises(RequestError, match="--reference"):
         evaluate(pair[0], kick=True, speed=False)
+
+
+def test_a_second_model_costs_no_pass_of_the_dense_one(tmp_path: Path) -> None:
+    """What the dense model answers, writes and predicts is computed once, and is the same as without a memory."""
+    text = tmp_path / "text.txt"
+    text.write_text("the river ran over stones and the light was gone " * 8)
+    dense, words = tiny.make("llama"), tiny.tokenizer()
+    asked = {"text": text, "kick": True, "limit": 1, "speed": False, "window": 16, "windows": 1, "divergent": SHORT}
+    passes: list[int] = []
+    dense.register_forward_pre_hook(lambda *_: passes.append(1))
+    reference = Opened("dense", dense, words, remembered=Remembered(dense))
+    cards = []
+    for seed in (1, 2):
+        passes.clear()
+        cards.append(evaluate((tiny.make("llama", seed), words), reference, **asked))
+    assert not passes and cards[0].kick.scores[0].reference == cards[1].kick.scores[0].reference
+    assert cards[1] == evaluate((tiny.make("llama", 2), words), (dense, words), **asked).model_copy(
+        update={"reference": cards[1].reference}
+    )
+    assert passes
+
+
+def test_only_the_logits_of_what_was_written_are_kept() -> None:
+    module, ids = tiny.make("llama"), torch.arange(10)[None]
+    kept = Remembered(module, most=4 * tiny.VOCABULARY * 4)  # of four tokens
+    with torch.inference_mode():
+        whole = module(ids).logits
+        assert torch.equal(logits_after(kept, ids, 6), whole[:, 6:]) and torch.equal(kept.after(ids, 6), whole[:, 6:])
+        module.forward = None  # not asked again
+        assert torch.equal(kept.after(ids, 6), whole[:, 6:])
+    assert sum(each.untyped_storage().nbytes() for each in kept._seen.values()) == 4 * tiny.VOCABULARY * 4

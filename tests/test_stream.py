@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import secateur
 import tiny
-from secateur import run as run_module
+from secateur import conclusion
 from secateur.network.source import Source, open_model
 from secateur.network.stream import pieces, streamed_logits
 from secateur.network.verify import CleanProcess, prompt, stored
@@ -146,7 +146,7 @@ def test_a_damaged_result_fails_the_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    opened = run_module.open_model
+    opened = conclusion.open_model
 
     def open_damaged(spec: object, **options: object) -> Source:
         if spec == tmp_path / "out":
@@ -155,7 +155,7 @@ def test_a_damaged_result_fails_the_run(
 
     options = {"evaluate": False, "clean": clean, "max_memory": memory, "shard_bytes": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "open_model", open_damaged)
+        patch.setattr(conclusion, "open_model", open_damaged)
         with pytest.raises(secateur.RunError) as failure:
             secateur.compress(model("llama"), "random_units", output=tmp_path / "out", **options)
     assert failure.value.exit_code == 1 and str(tmp_path / "out") in str(failure.value)

@@ -1,20 +1,19 @@
 """What to try after a run: rules that read its receipt's figures and the cards of the registry.
 
-Thresholds are rules of thumb of our own, not of any paper; each stands once, here.
+Thresholds are rules of thumb of our own, not of any paper; each stands once, here or in `score_advice`.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from secateur.alternatives import alike, gives_smaller, names, ranked, reads_text, rewrites
 from secateur.commands import changed, exchanged, ratios
-from secateur.contract import TEXT
 from secateur.figures import Layer, by_block, matrix_layers, unit_layers
 from secateur.files import human
-from secateur.registry import Gram, Method, methods
+from secateur.registry import Method, methods
+from secateur.score_advice import MUCH, fallen, few_questions, kept_not, read_it
 from secateur.telling import Keys, Sentence, Told, percent, times
 
-MUCH = math.log(1.5)
-"""Nats a token: perplexity half as high again, a loss that one does not keep without recovering it."""
 LITTLE = math.log(1.05)
 """Nats a token: perplexity 5 % higher, within what texts differ by."""
 APART = 1.25
@@ -52,8 +51,8 @@ def _only_zeros(told: Told) -> Iterator[Sentence]:
             continue
         removed = sum(layer.of - layer.kept for layer in layers)
         pruned = told.at("decisions", index, "method")
-        smaller = _names(
-            [other for other in methods().values() if other.kind == "structure" and _gives_smaller(other)], told
+        smaller = names(
+            [other for other in methods().values() if other.kind == "structure" and gives_smaller(other)], told
         )
         stored = [told.number("stored", side, "bytes") for side in ("source", "result")]
         size = f", and its files take {human(stored[1])}" if stored[1] else ""
@@ -72,17 +71,17 @@ def _only_zeros(told: Told) -> Iterator[Sentence]:
 
 def _without_text(told: Told) -> Iterator[Sentence]:
     """A loss that a method suffered without having seen text."""
-    loss = told.loss
-    if loss is None or loss.nats < MUCH:
+    loss = kept_not(told)
+    if loss is None:
         return
     for index, method in enumerate(told.methods):
         if method is None or told.learned(index):
             continue
-        others = [other for other in _alike(told, index, method) if _reads_text(other)]
+        others = [other for other in alike(told, index, method) if reads_text(other)]
         if others:
             yield told.say(
-                f"{loss.text}, and {method.name} read no text. Methods that do lose less as a rule: {_names(others, told)}"
-                f"{exchanged(told, index, _ranked(others))}.",
+                f"{loss.text}, and {method.name} read no text. Methods that do lose less as a rule: {names(others, told)}"
+                f"{exchanged(told, index, ranked(others))}.",
                 *loss.keys, ("decisions", index, "method"),
             )  # fmt: skip
 
@@ -115,20 +114,20 @@ def _few_samples(told: Told) -> Iterator[Sentence]:
 
 def _repair(told: Told) -> Iterator[Sentence]:
     """A loss in spite of text: methods that rewrite what stays."""
-    loss = told.loss
-    if loss is None or loss.nats < MUCH:
+    loss = kept_not(told)
+    if loss is None:
         return
     for index, method in enumerate(told.methods):
-        if method is None or not told.learned(index) or _rewrites(method):
+        if method is None or not told.learned(index) or rewrites(method):
             continue
-        if others := [other for other in _alike(told, index, method) if _rewrites(other)]:
+        if others := [other for other in alike(told, index, method) if rewrites(other)]:
             yield told.say(
                 f"{loss.text}. {method.name} does not ask for the second moment of the inputs, from which kept weights can "
-                f"make up for what goes; methods that do: {_names(others, told)}{exchanged(told, index, _ranked(others))}.",
+                f"make up for what goes; methods that do: {names(others, told)}{exchanged(told, index, ranked(others))}.",
                 *loss.keys, ("decisions", index, "method"),
             )  # fmt: skip
     if others := [other for other in methods().values() if other.kind == "recovery"]:
-        yield told.say(f"Quality can be brought back afterwards: {_names(others, told)}.", *loss.keys)
+        yield told.say(f"Quality can be brought back afterwards: {names(others, told)}.", *loss.keys)
 
 
 def _concentrated(told: Told) -> Iterator[Sentence]:
@@ -176,7 +175,7 @@ def _spare(told: Told, index: int, method: Method | None, worst: Sequence[int], 
         scopes = {"matrices", "widths"} if method.scope == "units" else {"matrices"}
         dividers = [other for other in methods().values() if other.kind == "allocation" and other.scope in scopes]
         if dividers:
-            ways.append(f"let an allocation divide the budget (--set {where}allocation=NAME: {_names(dividers, told)})")
+            ways.append(f"let an allocation divide the budget (--set {where}allocation=NAME: {names(dividers, told)})")
     elif "allocation" in known:
         [used] = parameters["allocation"]
         ways.append(f"try another allocation than {used}, which has not evened this out")
@@ -247,7 +246,7 @@ def _tables(told: Told) -> Iterator[Sentence]:
     if tables and whole and words and tables / whole > TABLES and others and not cut:
         yield told.say(
             f"Embedding and head hold {tables / whole:.0%} of what is left ({tables:,.0f} of {whole:,.0f} parameters, "
-            f"{words:,.0f} tokens). If one language or one kind of text is enough, remove tokens: {_names(others, told)}.",
+            f"{words:,.0f} tokens). If one language or one kind of text is enough, remove tokens: {names(others, told)}.",
             *keys,
         )
 
@@ -309,27 +308,37 @@ def _unmeasured(told: Told) -> Iterator[Sentence]:
 
 
 def _room(told: Told) -> Iterator[Sentence]:
-    """Hardly any loss: more can go."""
+    """Hardly any loss, of perplexity or of a score: more can go."""
     loss = told.loss
     before, after = (told.number("card", side, "parameters") for side in ("reference", "model"))
-    if loss is None or loss.nats >= LITTLE or not before or not after or after >= before:
+    if loss is None or loss.nats >= LITTLE or not before or not after or after >= before or fallen(told):
         return
     if more := {index: round(1.5 * ratio, 2) for index, ratio in ratios(told).items() if 0 < ratio < 0.6}:
+        asked = [score for score in told.scores if score.kind != "divergent"]
+        held = f", and no score of {len(asked)} certainly fell" if asked else ""
+        blind = "" if asked else (
+            "; what became of knowledge, which falls before perplexity does, `secateur evaluate DIR --reference "
+            f"{told.at('source', 'model')} --kick` says"
+        )  # fmt: skip
         yield told.say(
-            f"{loss.text}, for {1 - after / before:.1%} fewer parameters: there is room; try `{changed(told, more)}`.",
+            f"{loss.text}{held}, for {1 - after / before:.1%} fewer parameters: there is room; try `{changed(told, more)}`"
+            f"{blind}.",
             *loss.keys, ("card", "model", "parameters"), ("card", "reference", "parameters"),
+            *(("card", *score.keys, "change_stderr") for score in asked),
         )  # fmt: skip
 
 
 def _less(told: Told) -> Iterator[Sentence]:
-    """A ruinous loss: first of all, less should go."""
-    loss = told.loss
-    if loss is None or loss.nats < 2 * MUCH:
+    """A ruinous loss, or scores that fell where perplexity hardly did: first of all, less should go."""
+    loss = kept_not(told)
+    if loss is None or MUCH <= loss.nats < 2 * MUCH:
         return
     if less := {index: round(ratio / 2, 3) for index, ratio in ratios(told).items() if ratio > 0.05}:
+        why = "at this size that is more than a method alone makes good" if loss.nats >= MUCH else (
+            "what a model knows goes before its perplexity does"
+        )  # fmt: skip
         yield told.say(
-            f"{loss.text}: at this size that is more than a method alone makes good; try `{changed(told, less)}`, and see "
-            "how much each half costs.",
+            f"{loss.text}: {why}; try `{changed(told, less)}`, and see how much each half costs.",
             *loss.keys, *(("recipe", "steps", index) for index in less),
         )  # fmt: skip
 
@@ -348,44 +357,6 @@ def _time(told: Told) -> Iterator[Sentence]:
 
 
 RULES: tuple[Callable[[Told], Iterator[Sentence]], ...] = (
-    _only_zeros, _without_text, _few_samples, _repair, _less, _concentrated, _slower_than_promised, _widths, _tables, _disk,
-    _budget, _unmeasured, _room, _time,
+    _only_zeros, _without_text, _few_samples, _repair, _less, read_it, _concentrated, _slower_than_promised, _widths,
+    _tables, _disk, _budget, _unmeasured, few_questions, _room, _time,
 )  # fmt: skip
-
-
-def _reads_text(method: Method) -> bool:
-    """Whether it learns from text whatever its parameters, and needs no gradients."""
-    return method.data == TEXT
-
-
-def _rewrites(method: Method) -> bool:
-    """Whether it always asks for the second moment of inputs, from which kept weights are fitted again."""
-    return any(need is Gram and name not in method.only for name, need in method.needs.items())
-
-
-def _gives_smaller(method: Method) -> bool:
-    return method.speedup == "universal" and _reads_text(method) and method.scope in ("units", "network")
-
-
-def _alike(told: Told, index: int, method: Method) -> list[Method]:
-    """Other methods that remove the same: single weights, whole blocks, tokens, or units of the kinds that this step cut."""
-    families = ({"units", "network"}, {"weight"}, {"blocks"}, {"vocabulary"})
-    family = next((each for each in families if method.scope in each), {method.scope})
-    cut = set(told.at("decisions", index, "units") or {})
-    return [
-        other
-        for other in methods().values()
-        if other.name != method.name and other.kind == method.kind and other.scope in family and cut <= set(other.axes)
-    ]
-
-
-def _ranked(others: Sequence[Method]) -> list[Method]:
-    """Those first that fit kept weights again, then those that block by block need little."""
-    return sorted(others, key=lambda other: (not _rewrites(other), other.scope != "units", other.name))
-
-
-def _names(others: Sequence[Method], told: Told, most: int = 4) -> str:
-    """A few of them by name, the likeliest first, and how many more there are."""
-    shown = ", ".join(other.name for other in _ranked(others)[:most])
-    rest = len(others) - most
-    return f"{shown} and {rest} more (`secateur methods`)" if rest > 0 else shown

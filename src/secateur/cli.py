@@ -12,19 +12,32 @@ from secateur.axis_options import as_options
 from secateur.context import process_group
 from secateur.errors import RequestError
 from secateur.files import human
-from secateur.terminal import (
+from secateur.options import (
+    AsJson,
+    AskKick,
+    CalibrationData,
     Debug,
+    Device,
+    Divergent,
+    FactsFile,
+    Length,
+    Limit,
     LogLevel,
+    MaxMemory,
+    Measured,
     Model,
+    Pairs,
     Quiet,
+    Samples,
+    TaskNames,
+    Text,
     Trust,
-    bars,
-    console,
-    print_forecast,
-    print_method,
-    size_of,
-    told,
-)  # fmt: skip
+    Window,
+    Windows,
+    WrittenDtype,
+    refuse_unused,
+)
+from secateur.terminal import bars, console, print_forecast, print_method, size_of, told
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,30 +48,30 @@ app = typer.Typer(
 )
 
 
+_NOT_MEASURED = "beside --no-evaluate, where nothing is measured; leave one of them out"
+_MEASURING = ("text", "window", "windows", "divergent", "tasks", "limit", "kick", "facts", "pairs")
+
+
 @app.command()
 def compress(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="A directory, hub id, .gguf file or package:NAME.")] = None,
     method: Annotated[str | None, typer.Option(help="A method; `secateur methods` lists them.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, or STEP.key=value for a recipe.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe, or the secateur.json of an earlier run.")] = None,
     output: Annotated[Path | None, typer.Option(help="Directory to write.")] = None,
     seed: Annotated[int | None, typer.Option(help="Every random stream follows from it.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default the source's own.")] = None,
-    device: Annotated[str, typer.Option(help="Where tensors are computed.")] = "cpu",
-    max_memory: Annotated[
-        str | None, typer.Option(help="What a whole model may take when checked, such as 8GB.")
-    ] = None,
+    dtype: WrittenDtype = None,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
     restart: Annotated[bool, typer.Option("--restart", help="Start over instead of going on.")] = False,
     dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and needed; write nothing.")] = False,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="What data-driven methods learn from: a text or JSON file, dataset:NAME, or self."),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="How many calibration sequences.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of each.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text for the perplexity on the result card.")] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="How many windows of that text; default all.")] = None,
-    evaluate: Annotated[bool, typer.Option(help="Measure the result against the original.")] = True,
+    calibration: CalibrationData = None,
+    samples: Samples = None,
+    length: Length = None,
+    text: Text = None,
+    windows: Windows = None,
+    evaluate: Measured = True,
     trust_remote_code: Trust = False,
     log_level: LogLevel = "warning",
     debug: Debug = False,
@@ -74,6 +87,7 @@ def compress(
 
         if (method is None) == (recipe is None):
             raise RequestError("give either --method NAME or --recipe FILE.")
+        refuse_unused(context, (("text", "windows"), evaluate, _NOT_MEASURED))
         plan = Recipe.read(recipe).override(set_ or []) if recipe else Recipe.of(str(method), set_ or [])
         asked = {name: value for name, value in (("text", text), ("windows", windows)) if value is not None}
         if asked:
@@ -106,30 +120,28 @@ def compress(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: Model,
     reference: Annotated[str | None, typer.Option(help="The model it was made from.")] = None,
-    text: Annotated[Path | None, typer.Option(help="A text file; without one the reference writes its own.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens read at once.")] = None,
-    windows: Annotated[int | None, typer.Option(help="How many of the first windows; default all.")] = None,
+    text: Text = None,
+    window: Window = None,
+    windows: Windows = None,
     dtype: Annotated[str, typer.Option(help="Both models are loaded in it.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where it is measured.")] = "cpu",
+    device: Device = "cpu",
     speed: Annotated[bool, typer.Option(help="Measure tokens a second.")] = True,
     pairs: Annotated[int, typer.Option(help="Interleaved pairs of speed measurements.")] = 10,
     prefill: Annotated[list[int] | None, typer.Option(help="Tokens read at once for speed; may be repeated.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Sequences at once for speed; may be repeated.")] = None,
     decode: Annotated[int, typer.Option(help="Tokens written one by one for speed; 0 for none.")] = 32,
-    divergent: Annotated[bool, typer.Option("--divergent", help="How far greedy texts of both go along.")] = False,
+    divergent: Divergent = False,
     prompts: Annotated[int, typer.Option(help="Prompts for --divergent, from the text or self-written.")] = 64,
     prompt_length: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 32,
     continuation: Annotated[int, typer.Option(help="Tokens that each prompt is gone on with.")] = 64,
     seed: Annotated[int, typer.Option(help="Of self-written text and prompts, and of speed's tokens.")] = 0,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(help="FILE.yaml[=DATA], NAME=DATA for a shipped task, or one of lm-eval's; repeat."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first questions of each task.")] = None,
-    kick: Annotated[bool, typer.Option("--kick", help="Ask for facts, summaries and instructions (LLM-KICK).")] = False,
-    facts: Annotated[Path | None, typer.Option(help="Facts of your own for --kick, JSONL.")] = None,
+    tasks: TaskNames = None,
+    limit: Limit = None,
+    kick: AskKick = False,
+    facts: FactsFile = None,
     json_: Annotated[str | None, typer.Option("--json", help="Write the card as JSON to FILE, or - for here.")] = None,
     trust_remote_code: Trust = False,
     log_level: LogLevel = "warning",
@@ -141,6 +153,14 @@ def evaluate(
         from secateur.evaluation import Continuations, render, write_json
         from secateur.evaluation import evaluate as run
 
+        read, writes = text is not None or reference is not None, text is None and reference is not None
+        refuse_unused(
+            context,
+            (("pairs", "prefill", "batch", "decode"), speed, "beside --no-speed; leave one of them out"),
+            (("prompts", "prompt_length", "continuation"), divergent, "without --divergent; add it, or leave that out"),
+            (("window", "windows"), read, "where nothing is read; add --text or --reference, or leave that out"),
+            (("seed",), speed or writes, "with --text and --no-speed, where nothing is drawn; leave it out"),
+        )
         written = Continuations(prompts, prompt_length, continuation)
         card = run(
             model, reference, text=text, window=window, windows=windows, dtype=dtype, device=device, speed=speed,
@@ -156,6 +176,7 @@ def evaluate(
 
 @app.command()
 def compare(
+    context: typer.Context,
     model: Model,
     recipe: Annotated[list[Path] | None, typer.Option(help="A YAML recipe, or a receipt; once for each.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method of one step; once for each.")] = None,
@@ -173,26 +194,22 @@ def compare(
     tolerance: Annotated[float, typer.Option(help="By which fraction a result may miss the budget.")] = 0.01,
     keep: Annotated[str, typer.Option(help="Which results stay on disk: all, front or none.")] = "all",
     seed: Annotated[list[int] | None, typer.Option(help="Once for each run of every recipe.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="As for compress, for all that learn from text.")] = None,
-    samples: Annotated[int | None, typer.Option(help="How many calibration sequences.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of each.")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Text for perplexity; without one the model writes its own.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Tokens read at once.")] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="How many windows of that text; default all.")] = None,
-    divergent: Annotated[bool, typer.Option("--divergent", help="How far greedy texts go along with MODEL's.")] = False,
-    tasks: Annotated[list[str] | None, typer.Option(help="As for evaluate; once for each.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only the first questions of each task.")] = None,
-    kick: Annotated[bool, typer.Option("--kick", help="Ask for facts, summaries and instructions (LLM-KICK).")] = False,
-    facts: Annotated[Path | None, typer.Option(help="Facts of your own for --kick, JSONL.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the results; default the source's own.")] = None,
-    device: Annotated[str, typer.Option(help="Where tensors are computed.")] = "cpu",
-    max_memory: Annotated[
-        str | None, typer.Option(help="What whole models may take when checked and measured.")
-    ] = None,
-    evaluate: Annotated[bool, typer.Option(help="Measure the results against the original.")] = True,
-    pairs: Annotated[int, typer.Option(min=0, help="Interleaved pairs of speed measurements; 0 for none.")] = 10,
+    calibration: CalibrationData = None,
+    samples: Samples = None,
+    length: Length = None,
+    text: Text = None,
+    window: Window = None,
+    windows: Windows = None,
+    divergent: Divergent = False,
+    tasks: TaskNames = None,
+    limit: Limit = None,
+    kick: AskKick = False,
+    facts: FactsFile = None,
+    dtype: WrittenDtype = None,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    evaluate: Measured = True,
+    pairs: Pairs = 10,
     trust_remote_code: Trust = False,
     log_level: LogLevel = "warning",
     debug: Debug = False,
@@ -203,6 +220,11 @@ def compare(
         from secateur.comparison import Budget, entries, render
         from secateur.comparison import compare as run
 
+        refuse_unused(
+            context,
+            (("tolerance",), budget is not None, "without --budget; add it, or leave that out"),
+            (_MEASURING, evaluate, _NOT_MEASURED),
+        )
         learned = {"data": calibration, "samples": samples, "length": length}
         learned = {key: value for key, value in learned.items() if value is not None}
         rows = entries(recipe or (), method or (), set_ or (), grid or (), learned)
@@ -223,7 +245,7 @@ def compare(
 @as_options
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    json_: AsJson = False,
     log_level: LogLevel = "warning",
     debug: Debug = False,
     quiet: Quiet = False,  # as for every command; there is nothing here but the result
@@ -253,7 +275,7 @@ def methods(
 @app.command()
 def inspect(
     model: Model,
-    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    json_: AsJson = False,
     trust_remote_code: Trust = False,
     log_level: LogLevel = "warning",
     debug: Debug = False,
@@ -299,7 +321,7 @@ def export(
 def loads(
     model: Model,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens each loader generates.")] = 8,
-    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    json_: AsJson = False,
     trust_remote_code: Trust = False,
     log_level: LogLevel = "warning",
     debug: Debug = False,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.cut_checks import check_cut, check_expert, check_stream
 from secateur.errors import RunError
 from secateur.files import read_tensors, write_tensors
 from secateur.network.anatomy import AXES, Axis, Block, Group
@@ -69,18 +70,11 @@ class Cuts:
 
     def save_stream(self, plan: Plan) -> None:
         """Keeps what becomes of the stream. Raises RunError when a method returned what cannot be."""
-        hidden, kept, basis = self._source.anatomy.hidden, plan.channels, plan.basis
-        if (basis is not None or plan.bases is not None) and plan.cuts:
-            raise RunError(f"{self._method}: a network that is turned cannot lose units in the same step.")
-        if kept is not None:
-            ordered = kept.dim() == 1 and len(kept) > 0 and bool((kept[1:] > kept[:-1]).all())
-            if not ordered or int(kept[0]) < 0 or int(kept[-1]) >= hidden:
-                raise RunError(f"{self._method}: an impossible set of channels was kept; nothing was cut.")
-            write_tensors(self._stream_path, {"kept": kept.cpu()})
-        elif basis is not None:
-            self.bases_of(1).keep(0, basis, self._method)
-        elif plan.bases is not None and not plan.bases.complete:
-            raise RunError(f"{self._method}: directions were not kept for every place of the stream; nothing was cut.")
+        check_stream(self._source, self._method, plan)
+        if plan.channels is not None:
+            write_tensors(self._stream_path, {"kept": plan.channels.cpu()})
+        elif plan.basis is not None:
+            self.bases_of(1).keep(0, plan.basis, self._method)
 
     def bases_of(self, places: int | None = None) -> Bases:
         """Where a method leaves the directions that stay: one basis for each place of the stream, or for so many."""
@@ -445,64 +439,11 @@ class Cuts:
 
     def check(self, block: int, axis: Axis, cut: Cut) -> None:
         """Raises RunError naming the block when a method returned what cannot be done."""
-        group = self.group(block, axis)
-        if group.stacked:
-            if tuple(cut.kept.shape[:-1]) != (group.stacked,):
-                raise RunError(
-                    f"{self._method}, block {block}: nothing is said of some experts; nothing was cut there."
-                )
-            for expert in range(group.stacked):
-                self.check_expert(block, axis, expert, cut.of(expert))
-            return
-        self._check(f"block {block}", group, cut)
-        if axis == "head_dims":
-            self._check_values(f"{self._method}, block {block}", block, cut)
+        check_cut(self._source, self._method, block, axis, cut)
 
     def check_expert(self, block: int, axis: Axis, expert: int, cut: Cut) -> None:
         """The same for the neurons of one expert."""
-        self._check(f"block {block}, expert {expert}", self.group(block, axis).one, cut, expert=True)
-
-    def _check(self, where: str, group: Group, cut: Cut, expert: bool = False) -> None:
-        kept, where, axis = cut.kept, f"{self._method}, {where}", group.axis
-        ordered = len(kept) > 0 and bool((kept[1:] > kept[:-1]).all())
-        size = group.count // group.sets
-        uneven = group.sets > 1 and len(set((kept // size).bincount(minlength=group.sets).tolist())) > 1
-        if not ordered or int(kept[0]) < 0 or int(kept[-1]) >= group.count or uneven:
-            raise RunError(f"{where}: an impossible set of {axis} was kept; nothing was cut there.")
-        if axis == "experts" and (cut.output is not None or cut.output_bias is not None):
-            raise RunError(f"{where}: experts have no output matrix of their own that could be given anew.")
-        hidden = self._source.anatomy.hidden
-        wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-            ("output weights", cut.output, (hidden, len(kept) * group.output.width)),
-            ("output bias", cut.output_bias, (hidden,)),
-        ]
-        if cut.makers is not None:
-            if len(cut.makers) != len(group.inputs):
-                raise RunError(
-                    f"{where}: {len(cut.makers)} tensors make the {axis} that were kept, not {len(group.inputs)}."
-                )
-            for part, made in zip(group.inputs, cut.makers, strict=True):
-                whole = tuple(self._source.skeleton.get_parameter(part.parameter).shape)[1 if expert else 0 :]
-                inputs = () if len(whole) == 1 else (whole[1 - part.dim],)
-                wanted.append((f"values of {part.parameter}", made, (len(kept), part.width, *inputs)))
-        for name, tensor, shape in wanted:
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise RunError(f"{where}: new {name} have shape {list(tensor.shape)}, not {list(shape)}.")
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
-                raise RunError(
-                    f"{where}: the new {name} hold non-finite values; use a smaller ratio, other parameters of the method "
-                    "or another seed."
-                )
-
-    def _check_values(self, where: str, block: int, cut: Cut) -> None:
-        attention, values = self._source.anatomy.blocks[block].attention, cut.values
-        assert attention is not None, "it has heads"
-        shape = (attention.kv_heads, 2 * len(cut.kept))
-        ordered = values is not None and tuple(values.shape) == shape and bool((values[:, 1:] > values[:, :-1]).all())
-        if values is None or not ordered or int(values.min()) < 0 or int(values.max()) >= attention.head_dim:
-            raise RunError(f"{where}: an impossible set of dimensions of values was kept; nothing was cut there.")
-        if cut.output is not None or cut.makers is not None:
-            raise RunError(f"{where}: dimensions inside heads are cut as they are; no weights can be given anew.")
+        check_expert(self._source, self._method, block, axis, expert, cut)
 
     def _written(self, tensor: Tensor) -> torch.dtype:
         # refitted weights are rounded once, to what is written

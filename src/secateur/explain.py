@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from secateur.advice import advice
+from secateur.evaluation.card import ResultCard, findings
 from secateur.figures import matrix_layers, read_receipt, unit_layers
 from secateur.files import human
 from secateur.registry import Method
@@ -119,7 +122,7 @@ def _cost(told: Told) -> Iterator[Sentence]:
     agreement, kl = told.number("card", "divergence", "agreement"), told.number("card", "divergence", "kl")
     if agreement is not None and kl is not None:
         text = told.at("card", "divergence", "protocol", "text")
-        where = f" on {text}" if text else ""
+        where = f" on {'text ' if str(text).startswith('written by') else ''}{text}" if text else ""
         yield told.say(
             f"It ranks the same token first as the original for {percent(agreement)} of the tokens, and its predictions lie "
             f"{kl:.3g} nats a token from the original's (KL){where}.",
@@ -128,6 +131,7 @@ def _cost(told: Told) -> Iterator[Sentence]:
     yield from _tasks(told)
     yield from _knowledge(told)
     yield from _diverging(told)
+    yield from _notes(told)
     for index in range(len(told.at("decisions"))):
         mean = ("decisions", index, "notes", "mean held out error")
         learned = ("decisions", index, "notes", "mean calibration error")
@@ -157,30 +161,68 @@ def _cost(told: Told) -> Iterator[Sentence]:
 
 def _tasks(told: Told) -> Iterator[Sentence]:
     """Scores beside those of the original, where tasks were measured."""
-    for place, score in enumerate(told.at("card", "tasks") or ()):
-        here = ("card", "tasks", place)
-        ours, theirs = told.number(*here, "value"), told.number(*here, "reference")
-        if ours is None:
+    for score in told.scores:
+        if score.kind != "task":
             continue
-        name = " ".join(str(score[key]) for key in ("name", "metric") if score.get(key))
-        beside = "" if theirs is None else f"; the original has {theirs:.3f}"
-        yield told.say(f"{name}: {ours:.3f}{beside}.", *((*here, key) for key in ("value", "reference")))
+        error = "" if score.error is None else f" ± {score.error:.3f}"
+        said = f"{score.name}: {score.value:.3f}{error}"
+        if score.reference is not None and score.change is not None:
+            beside = "" if score.reference_error is None else f" ± {score.reference_error:.3f}"
+            sure = "" if score.change_error is None else f" ± {score.change_error:.3f}"
+            said += f"; the original has {score.reference:.3f}{beside}, a change of {score.change:+.3f}{sure}"
+        keys = ("value", "stderr", "reference", "reference_stderr", "change_stderr", "n")
+        asked = "" if score.asked is None else f", on {count(score.asked, 'question')}"
+        yield told.say(f"{said}{asked}.", *(("card", *score.keys, key) for key in keys))
 
 
 def _knowledge(told: Told) -> Iterator[Sentence]:
-    """In how many of the LLM-KICK tasks it matches the original, and where it does not."""
+    """In how many of the LLM-KICK tasks it matches the original, where it does not, and what it scores in each."""
     scores = told.at("card", "kick", "scores") or ()
     judged = {place: score for place, score in enumerate(scores) if score.get("matching") is not None}
-    if not judged:
-        return
-    worse = {place: score for place, score in judged.items() if not score["matching"]}
-    drops = [f"{score['task']} ({percent(score['drop'])} lower)" for score in worse.values()]
-    missed = f"; it does not in {', '.join(drops)}" if drops else ""
-    yield told.say(
-        f"In {len(judged) - len(worse)} of {count(len(judged), 'task')} of LLM-KICK it matches the original, at most 5 % "
-        f"below it{missed}.",
-        *(("card", "kick", "scores", place, key) for place in judged for key in ("matching", "drop")),
-    )  # fmt: skip
+    if judged:
+        worse = {place: score for place, score in judged.items() if not score["matching"]}
+        drops = [f"{score['task']} ({percent(score['drop'])} lower)" for score in worse.values()]
+        missed = f"; it does not in {', '.join(drops)}" if drops else ""
+        yield told.say(
+            f"In {len(judged) - len(worse)} of {count(len(judged), 'task')} of LLM-KICK it matches the original, at most "
+            f"5 % below it{missed}.",
+            *(("card", "kick", "scores", place, key) for place in judged for key in ("matching", "drop")),
+        )  # fmt: skip
+    if found := [score for score in told.scores if score.kind == "kick"]:
+        guesses = (told.number("card", *score.keys, "chance") for score in found)
+        chance = dict.fromkeys(f"{guess:.2f}" for guess in guesses if guess is not None)
+        said = []
+        for score in found:
+            beside = "" if score.reference is None else f" ({score.reference:.3f})"
+            sure = "" if score.change_error is None else f", a change of {score.change:+.3f} ± {score.change_error:.3f}"
+            said.append(f"{score.name.removeprefix('kick: ')} {score.value:.3f}{beside}{sure}")
+        guessing = f"; guessing gives {' or '.join(chance)} where one is chosen" if chance else ""
+        yield told.say(
+            f"Its scores there, the original's in parentheses: {'; '.join(said)}{guessing}.",
+            *(("card", *score.keys, key) for score in found
+              for key in ("value", "reference", "change_stderr", "chance")),
+        )  # fmt: skip
+    for place, score in enumerate(scores):
+        here = ("card", "kick", "scores", place)
+        kl, agreement = told.number(*here, "kl"), told.number(*here, "agreement")
+        if kl is not None and agreement is not None:
+            yield told.say(
+                f"Reading what the original wrote ({score['task']}), its predictions lie {kl:.3g} nats a token from the "
+                f"original's (KL), and it ranks the same token first for {percent(agreement)} of the tokens.",
+                (*here, "kl"), (*here, "agreement"),
+            )  # fmt: skip
+
+
+def _notes(told: Told) -> Iterator[Sentence]:
+    """What the card itself says that nothing else here does."""
+    card = told.at("card")
+    try:
+        known = findings(ResultCard.from_dict({**card})) if card else ()
+    except ValidationError:  # of another version, or nothing was measured
+        known = ()
+    for place, note in enumerate(told.at("card", "notes") or ()):
+        if note not in known:
+            yield told.say(f"{str(note).rstrip('.')}.", ("card", "notes", place))
 
 
 def _diverging(told: Told) -> Iterator[Sentence]:
@@ -197,6 +239,14 @@ def _diverging(told: Told) -> Iterator[Sentence]:
         f"Writing greedily, {half}; {percent(never)} never leave it, and {percent(other)} of all tokens are other ones.",
         median, censored, share,
     )  # fmt: skip
+    corrected, mean = (*here, "corrected"), (*here, "mean")
+    wrong, before = told.number(*corrected), told.number(*mean)
+    if wrong is not None and before is not None:
+        yield told.say(
+            f"On average {before:.1f} tokens come before the first other one; reading the original's text, it would have to "
+            f"be put right for {percent(wrong)} of the tokens.",
+            mean, corrected,
+        )  # fmt: skip
 
 
 def _gained(told: Told) -> Iterator[Sentence]:
@@ -204,6 +254,9 @@ def _gained(told: Told) -> Iterator[Sentence]:
         ("parameters", ("parameters",), lambda value: f"{value:,.0f}"),
         ("multiply-adds of reading a text", ("multiply_adds",), lambda value: f"{value / 1e9:,.3g} G"),
         ("memory to load and run it", ("memory", "peak"), human),
+        ("memory while loading", ("memory", "loading"), human),
+        ("memory while reading a text", ("memory", "prefill"), human),
+        ("memory while writing", ("memory", "decode"), human),
     )
     for what, keys, show in measures:
         # loading a GGUF file takes memory of its own, which says nothing of the model
@@ -214,18 +267,56 @@ def _gained(told: Told) -> Iterator[Sentence]:
     if told.at("card", "model") is None:
         yield from _counted(told)
     yield from _disk(told)
-    for phase, name in (("prefill", "Reading (prefill)"), ("decode", "Writing (decoding)")):
-        gain = ("card", "speed", phase, "gain")
-        middle, lower, upper = (told.number(*gain, key) for key in ("median", "lower", "upper"))
-        if middle is None or lower is None or upper is None:
-            continue
-        faster = f"{abs(middle):.0%} {'faster' if middle > 0 else 'slower'} than the original"
-        if lower <= 0 <= upper:
-            faster = f"not measurably faster or slower than the original ({middle:+.0%})"
+    yield from _speeds(told)
+
+
+def _speeds(told: Told) -> Iterator[Sentence]:
+    """Tokens a second and joules a token, in every setting that was measured, and what multiply-adds promise."""
+    more = len(told.at("card", "more_speed") or ())
+    settings: list[tuple[str | int, ...]] = [
+        ("card", "speed"),
+        *(("card", "more_speed", place) for place in range(more)),
+    ]
+    for here in settings:
+        batch, read = told.number(*here, "batch") or 1, told.number(*here, "prefill", "tokens")
+        at_once = f", {batch:g} at once" if batch > 1 else ""
+        for phase, name in (("prefill", "Reading (prefill)"), ("decode", "Writing (decoding)")):
+            where = f" {'of' if phase == 'prefill' else 'behind'} {read:,.0f} tokens{at_once}" if more and read else ""
+            yield from _gain(told, (*here, phase), f"{name}{where}")
+            yield from _energy(told, (*here, phase), f"{name}{where}")
+    expected = told.number("card", "expected_gain")
+    if expected:
         yield told.say(
-            f"{name} is {faster}; quartiles {lower:+.0%} to {upper:+.0%}.",
-            *((*gain, key) for key in ("median", "lower", "upper")),
+            f"Multiply-adds promise that reading is {abs(expected):.1%} {'faster' if expected > 0 else 'slower'}.",
+            ("card", "expected_gain"),
         )
+
+
+def _gain(told: Told, here: tuple[str | int, ...], name: str) -> Iterator[Sentence]:
+    gain = (*here, "gain")
+    middle, lower, upper = (told.number(*gain, key) for key in ("median", "lower", "upper"))
+    if middle is None or lower is None or upper is None:
+        return
+    faster = f"{abs(middle):.0%} {'faster' if middle > 0 else 'slower'} than the original"
+    if lower <= 0 <= upper:
+        faster = f"not measurably faster or slower than the original ({middle:+.0%})"
+    ours, theirs = (*here, "model", "median"), (*here, "reference", "median")
+    rates = [told.number(*side) for side in (theirs, ours)]
+    shown = "" if None in rates else f"; {rates[0]:,.1f} → {rates[1]:,.1f} tokens a second"
+    yield told.say(
+        f"{name} is {faster}; quartiles {lower:+.0%} to {upper:+.0%}{shown}.",
+        *((*gain, key) for key in ("median", "lower", "upper")), theirs, ours,
+    )  # fmt: skip
+
+
+def _energy(told: Told, here: tuple[str | int, ...], name: str) -> Iterator[Sentence]:
+    theirs, ours = (*here, "reference_joules", "median"), (*here, "joules", "median")
+    before, after = told.number(*theirs), told.number(*ours)
+    if before and after is not None:
+        yield told.say(
+            f"{name} takes {before:.3g} → {after:.3g} J a token ({after / before - 1:+.1%}), of the whole machine.",
+            theirs, ours,
+        )  # fmt: skip
 
 
 def _against(told: Told, what: str, keys: tuple[str, ...], show: Callable[[float], str]) -> Sentence | None:

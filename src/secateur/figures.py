@@ -148,15 +148,6 @@ def _layer(name: str, block: int | None, kept: int, entry: Mapping[str, Any], ke
     return Layer(name, block, kept, entry["of"], *errors, keys)
 
 
-def zeros_of(decisions: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """How many weights a run left zero, and of how many, in the matrices that it zeroed weights in.
-
-    Each entry counts all zeros of its matrix, so of several steps on one matrix the last has seen those of the others.
-    """
-    last = {name: entry for said in decisions for name, entry in (said.get("matrices") or {}).items()}
-    return sum(entry["removed"] for entry in last.values()), sum(entry["of"] for entry in last.values())
-
-
 def block_of(name: str) -> int | None:
     """The number of the block that a parameter belongs to: the first number in its path, since blocks lie in a list."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)

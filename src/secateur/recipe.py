@@ -13,7 +13,7 @@ from secateur.calibration.samples import SELF, Calibration, read_entries
 from secateur.contract import COMMON, NEEDS
 from secateur.errors import RequestError, suggest
 from secateur.evaluation.facts import read_facts
-from secateur.evaluation.tasks import check_tasks
+from secateur.evaluation.tasks import check_limit, check_tasks
 from secateur.files import sha256
 from secateur.registry import Method, find, message
 from secateur.solving import Solver
@@ -67,7 +67,8 @@ class Evaluate(BaseModel):
     facts: Path | None = None
 
     def check(self, trust_remote_code: bool) -> None:
-        """Raises RequestError where what is to be measured at the end of a run could not be."""
+        """Raises RequestError where what is to be measured at the end of a run could not be, or is not said."""
+        check_limit(self.limit, bool(self.tasks or self.kick or self.facts))
         check_tasks(self.tasks, self.limit, trust_remote_code)
         if self.kick or self.facts is not None:
             read_facts(self.facts, self.limit)

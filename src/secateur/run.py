@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -18,19 +17,18 @@ import torch
 from torch import nn
 
 from secateur.checks import check_steps
+from secateur.conclusion import reload_check, what_was_done
 from secateur.context import Progress, barrier, process_group, processes, silent
 from secateur.errors import RequestError, RunError
 from secateur.files import read_json, sha256, write_json, write_text
 from secateur.layer_stage import LayerStage
 from secateur.network.clean_load import peak
-from secateur.network.modelling_file import FILE
 from secateur.network.source import Source, check_device, open_model
 from secateur.network.store import check_output
-from secateur.network.verify import CleanProcess, verify
-from secateur.network.zeros import size_under_zstd
+from secateur.network.verify import CleanProcess
 from secateur.plan_stage import PlanStage
 from secateur.recipe import Evaluate, Recipe
-from secateur.report import measure, model_card, shape
+from secateur.report import measure, model_card
 from secateur.stage import Stage
 from secateur.unit_stage import UnitStage
 from secateur.units import Sizes
@@ -312,45 +310,13 @@ class Run:
         started: float,
     ) -> dict[str, Any]:
         begun = time.time()
-        try:
-            result = open_model(self.output, trust_remote_code=self.trust_remote_code)
-            with stages[-1].reference():
-                checked = verify(
-                    result, stages[-1].source, stages[-1].expected(), self.max_memory, self.clean,
-                    stages[-1].expected_tokens(),
-                )  # fmt: skip
-        except RequestError as error:  # what was asked for was right, what was written is not
-            raise RunError(f"the result does not open again: {error} Start again with --restart.") from error
+        result, checked = reload_check(self.output, stages, self.max_memory, self.clean, self.trust_remote_code)
         timings["reload check"] = time.time() - begun
         for place, stage in enumerate(stages):
             if any(later.step.registered.scope != "weight" for later in stages[place + 1 :]):
                 stage.superseded()
         begun = time.time()
-        decisions = [
-            {
-                "step": stage.index,
-                "method": stage.step.method,
-                **stage.decided(),
-                "notes": stage.notes,
-                "warnings": stage.warnings,
-            }
-            for stage in stages
-        ]
-        receipt: dict[str, Any] = {
-            "recipe": self.recipe.plain(),
-            "source": {"model": str(source.spec), "base_model": source.place.base, "licence": source.place.licence,
-                       "sha256": hashes},
-            "decisions": decisions,
-            "shape": shape(result),
-            "reload_check": {"how": checked.how, "largest_difference": checked.difference, "tokens": checked.tokens},
-            "threads": torch.get_num_threads(),
-            "versions": {name: version(name) for name in ("secateur", "torch", "transformers", "safetensors")}
-            | {"python": platform.python_version()},
-        }  # fmt: skip
-        if (self.output / FILE).exists():
-            receipt["code"] = [FILE]
-        if any(stage.step.registered.caution for stage in stages):
-            receipt["stored"] = _stored(source, self.output)
+        receipt = what_was_done(self.recipe, source, result, stages, checked, hashes)
         receipt["card"] = measure(
             source, result, self.recipe.evaluate if self.evaluate else False, self.max_memory, self.progress
         )
@@ -377,14 +343,6 @@ def scanned(source: Source, shared: Path | None, progress: Progress = silent) ->
     if path:
         write_json(path, {"source": source.quick_print(), "sha256": found})
     return found
-
-
-def _stored(source: Source, output: Path) -> dict[str, Any]:
-    """How much source and result take on disk, as they are and under zstd: what zeros are worth there."""
-    sizes: dict[str, Any] = {}
-    for name, files in (("source", source.files), ("result", sorted(output.glob("*.safetensors")))):
-        sizes[name] = {"bytes": sum(path.stat().st_size for path in files), "zstd": size_under_zstd(files)}
-    return sizes
 
 
 def _in_memory(module: nn.Module, recipe: Recipe, device: str, progress: Progress) -> Result:

@@ -11,6 +11,7 @@ from secateur.errors import RequestError
 from secateur.figures import at, number, pointer
 from secateur.recipe import Recipe, Step
 from secateur.registry import Method, find
+from secateur.scores import Score, scores_of
 from secateur.solving import Solver
 
 Keys = Sequence[str | int]
@@ -32,7 +33,7 @@ class Loss:
 
     nats: float
     text: str
-    keys: tuple[tuple[str, ...], ...]
+    keys: tuple[tuple[str | int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class Told:
         """The allocation that divided the budget of a step."""
         named = self.steps[step].parameters.get("allocation") if step < len(self.steps) else None
         return find(next(iter(named))) if named else None
+
+    @cached_property
+    def scores(self) -> list[Score]:
+        """Of tasks, LLM-KICK and divergent tokens, as far as they were measured."""
+        return scores_of(self.at("card"))
 
     @property
     def loss(self) -> Loss | None:

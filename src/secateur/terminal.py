@@ -6,9 +6,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -21,12 +20,6 @@ from secateur.files import human, parse_size
 # where nobody watches, in a file or a pipe, lines are long enough for a table
 console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(help="A directory, a hub id, a .gguf file, or package:NAME.", show_default=False)]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's own code run.")]
-LogLevel = Annotated[str, typer.Option("--log-level", help="debug, info, warning or error.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print results and errors only.")]
 
 
 def print_method(card: dict[str, Any]) -> None:

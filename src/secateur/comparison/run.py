@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,19 @@ import torch
 
 from secateur.comparison.budget import Budget, Fitted, fit, whole
 from secateur.comparison.entries import Entry, checked, measured_alike
-from secateur.comparison.state import RUNS, TABLE, State
+from secateur.comparison.measuring import Measuring, labelled
+from secateur.comparison.state import RUNS, TABLE, State, task_data
 from secateur.comparison.summary import card_of, common_quality, fronts_of, row_of
 from secateur.comparison.table import write_csv
 from secateur.context import Progress, alone, barrier, forget_peak, give_back_memory, process_group, processes, silent
 from secateur.errors import RequestError, RunError, SecateurError
-from secateur.evaluation import multiply_adds, speed
-from secateur.evaluation.energy import Meter
-from secateur.evaluation.measure import Opened, open_reference, with_speed
+from secateur.evaluation import multiply_adds
 from secateur.evaluation.memory import bytes_on_disk
-from secateur.evaluation.task_files import Asked, read_definition
-from secateur.figures import zeros_of
-from secateur.files import human, read_json, sha256, write_json, write_text
-from secateur.network.source import check_device, load, open_model
+from secateur.files import read_json, sha256
+from secateur.network.source import check_device, open_model
 from secateur.network.store import check_output
 from secateur.network.verify import CleanProcess
 from secateur.recipe import Evaluate, Recipe
-from secateur.report import measure, model_card
 from secateur.run import compress, free_memory, scanned
 from secateur.unit_budgets import tokens_counted
 from secateur.workspace import RECEIPT
@@ -162,7 +158,6 @@ class _Comparison:
     shard_bytes: int
     progress: Progress
     clean: CleanProcess | None
-    _reference: Opened | None = field(default=None, init=False)
 
     def go(self) -> Compared:
         begun = time.time()
@@ -170,12 +165,16 @@ class _Comparison:
         self.source = open_model(self.spec, trust_remote_code=self.trust_remote_code)
         check_output(self.output, self.source)
         self.state = State(self.output, self._identity())
+        self.measuring = Measuring(
+            self.spec, self.source, self.output, self.state, self.evaluate and self.entries[0].recipe.evaluate,
+            self.max_memory, self.pairs, self.trust_remote_code, self.progress,
+        )  # fmt: skip
         found = self.state.check()
         before = read_json(self.output / TABLE) if found == "finished" else {}
         known = {
             told["run"]: told for row in before.get("rows", ()) for told in row["seeds"] if told["status"] != "failed"
         }
-        lacking = [told for told in known.values() if self._to_measure(told)]
+        lacking = [told for told in known.values() if self.measuring.lacks(told)]
         barrier()  # nobody writes before everybody has looked
         rank, world = processes()
         complete = len(known) == len(self.entries) * max(1, len(self.seeds))
@@ -198,10 +197,10 @@ class _Comparison:
         barrier()
         told = {run.key: self.state.read(run.key) for run in runs}
         barrier()
-        unmeasured = [run for run in runs if self._to_measure(told[run.key])]
+        unmeasured = [run.key for run in runs if self.measuring.lacks(told[run.key])]
         with alone():
-            for run in unmeasured[rank::world]:
-                self._measure(run)
+            for key in unmeasured[rank::world]:
+                self.measuring.measure(key)
         barrier()
         if rank == 0:
             with alone():
@@ -232,7 +231,7 @@ class _Comparison:
             "budget": self.budget.told() if self.budget else None,
             "evaluate": self.evaluate and self.entries[0].recipe.plain()["evaluate"],
             "text": sha256(text) if text else None,
-            "task data": _task_data(wanted.tasks, self.trust_remote_code) if self.evaluate and wanted.tasks else None,
+            "task data": task_data(wanted.tasks, self.trust_remote_code) if self.evaluate and wanted.tasks else None,
             "facts": sha256(facts) if facts else None,
             "pairs": self.pairs,
             "dtype": self.dtype,
@@ -298,7 +297,7 @@ class _Comparison:
             receipt = compress(
                 self.spec, recipe=run.plan, output=output, device=self.device, max_memory=self.max_memory,
                 trust_remote_code=self.trust_remote_code, evaluate=False, shard_bytes=self.shard_bytes,
-                progress=self._labelled(run.key), clean=clean, shared=self.state.shared,
+                progress=labelled(self.progress, run.key), clean=clean, shared=self.state.shared,
             ).receipt  # fmt: skip
             achieved = self._count(output, receipt)
         except RequestError as error:
@@ -317,77 +316,21 @@ class _Comparison:
         }  # fmt: skip
 
     def _count(self, output: Path, receipt: Mapping[str, Any]) -> dict[str, Any]:
-        """What a result counts, by its own files and shapes; zeros by what the steps found in the matrices they left."""
+        """What a result counts, by its own files and shapes."""
         result = open_model(output, trust_remote_code=self.trust_remote_code)
-        zeros, _ = zeros_of(receipt["decisions"])
         return {
             "parameters": result.anatomy.parameters,
             "multiply_adds": multiply_adds(result.skeleton, tokens_counted(self.source)),
             "bytes": bytes_on_disk(output),
-            "zeros": zeros,
+            "zeros": receipt.get("zeros", {}).get("zeros", 0),
         }
-
-    def _labelled(self, name: str) -> Progress:
-        """Progress that says of which run it is."""
-        return lambda label, total: self.progress(f"{name}: {label}", total)
-
-    def _to_measure(self, told: Mapping[str, Any] | None) -> bool:
-        """Whether a result is there that has no card and should: one that could not be measured is tried again."""
-        if not self.evaluate or self.entries[0].recipe.evaluate is False or told is None or told["status"] != "done":
-            return False
-        return told.get("card") is None and self._there(told["run"])
-
-    def _there(self, key: str) -> bool:
-        """Whether a result is on disk: an earlier command may have let it go."""
-        return (self.output / RUNS / key / "config.json").exists()
-
-    def _dense(self) -> Opened | None:
-        """The model that all are measured against, loaded when it is first asked for; None where both do not fit."""
-        if self._reference is None and 2 * 4 * self.source.anatomy.parameters <= self.max_memory:
-            with self.progress("loading the reference", 1):
-                self._reference = open_reference(
-                    self.spec, remember=free_memory() // 4, trust_remote_code=self.trust_remote_code
-                )
-        return self._reference
-
-    def _measure(self, run: _Run) -> None:
-        """Puts the card of a result beside what is known of its run; speed comes later."""
-        told, plan = self.state.read(run.key), run.plan
-        assert told is not None and plan is not None, "it is done"
-        result = open_model(self.output / RUNS / run.key, trust_remote_code=self.trust_remote_code)
-        wanted: Evaluate | bool = plan.evaluate
-        reference = self._dense() if wanted is not False else None
-        card = measure(self.source, result, wanted, self.max_memory, self._labelled(run.key), reference, speed=False)
-        skipped = card["skipped"] if card and "skipped" in card else None
-        self.state.write(run.key, told | {"not_measured": skipped} | ({} if skipped else {"card": card}))
-
-    def _time(self, key: str) -> None:
-        """Puts the speed of a result into its card, measured in turns with the reference."""
-        told = self.state.read(key)
-        card = card_of(told or {})
-        if told is None or card is None or card.speed is not None or not self.pairs or not self._there(key):
-            return
-        reference = self._dense()
-        if reference is None:
-            both = human(2 * 4 * self.source.anatomy.parameters)
-            why = f"speed, for which two models in float32 take {both}, above --max-memory ({human(self.max_memory)})"
-            self.state.write(key, told | {"not_measured": why})
-            return
-        module, _ = load(self.output / RUNS / key, trust_remote_code=self.trust_remote_code)
-        timed = speed(
-            module, reference.module, pairs=self.pairs, meter=Meter.find(), progress=self._labelled(key)
-        )  # fmt: skip
-        card = with_speed(card, timed, module, reference.module)
-        del module
-        gc.collect()
-        self.state.write(key, told | {"card": card.to_dict(), "not_measured": None})
 
     def _finish(self, runs: Sequence[_Run], begun: float) -> None:
         """Speeds, the table, and what stays on disk."""
         rows, quality = self._rows(runs)
         for row in rows:
             if row["card"]:
-                self._time(row["run"])
+                self.measuring.time(row["run"])
         rows, quality = self._rows(runs)
         fronts = fronts_of(rows, quality)
         for row in rows:
@@ -395,7 +338,7 @@ class _Comparison:
         for row in rows:
             for told in row["seeds"]:
                 if told.get("card"):
-                    self._complete(self.output / RUNS / told["run"], told["card"])
+                    self.measuring.complete(told["run"], told["card"])
         let_go = self._let_go(rows)
         first = self.entries[0].recipe
         summary = {
@@ -449,26 +392,6 @@ class _Comparison:
             own = [each for run in runs if run.entry is entry and (each := told[run.key])]
             rows.append(row_of(entry.name, own, quality))
         return rows, quality
-
-    def _complete(self, result: Path, card: dict[str, Any]) -> None:
-        """Lets a result speak of its own card, as if it had been measured alone."""
-        path = result / RECEIPT
-        if path.exists() and (receipt := read_json(path)).get("card") != card:
-            receipt["card"] = card
-            if (result / "README.md").exists():
-                write_text(result / "README.md", model_card(receipt))
-            write_json(path, receipt)
-
-
-def _task_data(specs: Sequence[str], trust_remote_code: bool) -> dict[str, Any]:
-    """Hashes of what the definitions of tasks say, and of their data; lm-eval's own are known by its version."""
-    told: dict[str, Any] = {"lm-eval": version("lm-eval")}
-    for spec in specs:
-        asked = Asked.parse(spec)
-        if asked.file is not None:
-            _, source = read_definition(asked, trust_remote_code)
-            told[spec] = source.model_dump(mode="json")
-    return told
 
 
 def _over(told: Mapping[str, Any] | None) -> bool:

@@ -2,11 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import RequestError
+from secateur.evaluation.task_files import Asked, read_definition
 from secateur.files import read_json, write_json
 from secateur.workspace import STATE
 
@@ -100,3 +102,14 @@ class State:
         for path in self._missing:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
+
+
+def task_data(specs: Sequence[str], trust_remote_code: bool) -> dict[str, Any]:
+    """Hashes of what the definitions of tasks say, and of their data; lm-eval's own are known by its version."""
+    told: dict[str, Any] = {"lm-eval": version("lm-eval")}
+    for spec in specs:
+        asked = Asked.parse(spec)
+        if asked.file is not None:
+            _, source = read_definition(asked, trust_remote_code)
+            told[spec] = source.model_dump(mode="json")
+    return told

@@ -3,7 +3,6 @@
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from secateur.evaluation.card import ResultCard
 from secateur.evaluation.speed import Pace
 from secateur.evaluation.task_table import score_sentences
 from secateur.files import human, write_text
+from secateur.scores import Score, scores_of
 
 Row = Mapping[str, Any]
 _QUALITY = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "kl": "KL, nats"}
@@ -85,42 +85,14 @@ def _cells(summary: Mapping[str, Any], row: Row) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class _Score:
-    """A figure that is measured where it was asked for. column: in CSV; label: for people."""
-
-    column: str
-    label: str
-    value: float
-    reference: float | None
-    error: float | None = None
-
-
-def _scores(card: ResultCard | None) -> list[_Score]:
-    """Tasks, LLM-KICK and divergent tokens, as far as they were measured."""
-    if card is None:
-        return []
-    found = [
-        _Score(f"task:{one.name}:{one.metric}", f"{one.name} {one.metric}", one.value, one.reference, one.stderr)
-        for one in card.tasks
-    ]
-    for score in card.kick.scores if card.kick else ():
-        of = f"kick:{score.task}"
-        found.append(_Score(of, of.replace(":", ": "), score.value, score.reference, score.stderr))
-    if card.divergent:
-        found.append(_Score("divergent_share", "divergent tokens", card.divergent.share, 0.0))
-        found.append(_Score("tokens_before_divergent", "tokens before the first, mean", card.divergent.mean, None))
-    return found
-
-
 def _columns(rows: list[Row]) -> dict[str, str]:
     """Every score that some row has, by its column, with its label."""
-    return {score.column: score.label for row in rows for score in _scores(card_of(row))}
+    return {score.column: score.name for row in rows for score in scores_of(row["card"])}
 
 
 def _score_tables(rows: list[Row]) -> list[RenderableType]:
     """A line for each row that was asked, and as many tables as its scores need in width."""
-    told = {row["name"]: {score.column: score for score in found} for row in rows if (found := _scores(card_of(row)))}
+    told = {row["name"]: {score.column: score for score in found} for row in rows if (found := scores_of(row["card"]))}
     columns, tables = list(_columns(rows).items()), list[RenderableType]()
     for start in range(0, len(columns), _ABREAST):
         shown = columns[start : start + _ABREAST]
@@ -135,7 +107,7 @@ def _score_tables(rows: list[Row]) -> list[RenderableType]:
     return tables
 
 
-def _score(score: _Score | None) -> str:
+def _score(score: Score | None) -> str:
     if score is None:
         return ""
     return _number(score.value) + (f" ± {_number(score.error)}" if score.error is not None else "")
@@ -230,6 +202,6 @@ def write_csv(path: Path, summary: Mapping[str, Any]) -> None:
             for phase in ("prefill", "decode"):
                 pace = getattr(card.speed, phase, None)
                 line[f"{phase}_gain"] = pace.gain.median if pace and pace.gain else None
-            line |= {score.column: score.value for score in _scores(card)}
+            line |= {score.column: score.value for score in scores_of(row["card"])}
         writer.writerow(line)
     write_text(path, text.getvalue())

@@ -11,7 +11,7 @@ from secateur.evaluation.measure import evaluate
 from secateur.evaluation.memory import Memory, bytes_on_disk, memory
 from secateur.evaluation.perplexity import Perplexity, Protocol, perplexity
 from secateur.evaluation.speed import Pace, Speed, Spread, speed, speeds
-from secateur.evaluation.table import render
+from secateur.evaluation.table import render, sentences
 from secateur.evaluation.tasks import TaskScore, load_tasks, score
 from secateur.evaluation.text import Tokens, check_same_tokenizer, read_text, self_written, tokenize
 
@@ -51,6 +51,7 @@ __all__ = [
     "render",
     "score",
     "self_written",
+    "sentences",
     "speed",
     "speeds",
     "tokenize",

@@ -84,7 +84,8 @@ class DivergentTokens(BaseModel):
         digest = f" (sha256 {self.sha256[:12]})" if self.sha256 else ""
         return (
             f"{self.prompts} prompts of {self.prompt} tokens from {self.text or 'token ids'}{digest}, each gone on with "
-            f"{self.continuation} tokens at most, greedily; {100 * self.censored:.1f} % never diverged; logits within "
+            f"{self.continuation} tokens at most, greedily, {self.tokens:,} in all; {100 * self.censored:.1f} % never "
+            "diverged; logits within "
             f"{self.tolerance:g} of the largest are tied, which decided {100 * self.ties:.2f} % of the tokens; {self.dtype}"
         )
 

@@ -29,6 +29,7 @@ from secateur.evaluation.divergent import greedy
 from secateur.evaluation.facts import Fact, Facts
 from secateur.evaluation.forward import evaluating, finite, has_cache, logits_of, maximum_positions, step
 from secateur.evaluation.perplexity import log_probabilities
+from secateur.evaluation.remembered import logits_after
 from secateur.evaluation.tasks import mean_error
 
 MATCHING = 0.05
@@ -134,9 +135,12 @@ class Text:
 
 @dataclass(frozen=True)
 class Dense:
-    """The dense model with what it answered and wrote: compressed models are measured against it one after another."""
+    """What the dense model answered and wrote: compressed models are measured against it one after another.
 
-    module: nn.Module
+    predicts: the dense model, asked for its logits of what it wrote; one that is `Remembered` computes them once for all.
+    """
+
+    predicts: nn.Module
     facts: Facts
     answered: Mapping[TaskName, Sequence[float]]
     texts: Mapping[TaskName, Sequence[Text]]
@@ -152,12 +156,14 @@ def examine_dense(
     limit: int | None = None,
     written: int = WRITTEN_TOKENS,
     generated: bool = True,
+    predicts: nn.Module | None = None,
     progress: Progress = silent,
 ) -> Dense:
     """Lets the dense model answer all facts, summarise, and follow instructions.
 
-    limit: how many of the shipped passages and of the instructions; all by default. written: most new tokens of each.
-    generated: whether facts are answered in greedy text too, which takes most of the time.
+    predicts: the same model with a memory for its logits (`Remembered`), where several are compared with it. limit: how many
+    of the shipped passages and of the instructions; all by default. written: most new tokens of each. generated: whether
+    facts are answered in greedy text too, which takes most of the time.
     """
     if tokenizer is None:
         raise RequestError(f"{type(module).__name__} has no tokenizer, so it cannot be asked anything; add its files.")
@@ -175,7 +181,7 @@ def examine_dense(
             found = _greedy(module, ids, [written] * len(ids), bar.advance, tokenizer.eos_token_id)
         # that the model stops counts too
         texts[task] = [Text(torch.tensor([*read, *_ended(new, tokenizer)]), len(read)) for read, new in found]
-    return Dense(module, facts, answered, texts, written, chat)
+    return Dense(predicts or module, facts, answered, texts, written, chat)
 
 
 def kick(module: nn.Module, tokenizer: Any, dense: Dense, *, texts: bool = True, progress: Progress = silent) -> Kick:
@@ -194,7 +200,7 @@ def kick(module: nn.Module, tokenizer: Any, dense: Dense, *, texts: bool = True,
         for task, values in ours.items()
     ]
     if texts:
-        scores += [_follow(task, module, dense.module, read, progress) for task, read in dense.texts.items()]
+        scores += [_follow(task, module, dense.predicts, read, progress) for task, read in dense.texts.items()]
     return Kick(
         scores=tuple(scores), facts=dense.facts.name, sha256=dense.facts.sha256, of=dense.facts.of,
         written=dense.written, chat=dense.chat,
@@ -376,9 +382,8 @@ def _follow(
     tokens = 0
     with evaluating(module, reference), progress(task, len(texts)) as bar:
         for text in texts:
-            rows = slice(text.start - 1, -1)
             log_q, log_p = (
-                log_probabilities(finite(logits_of(model, text.ids[None])[0, rows], task)).cpu()
+                log_probabilities(finite(logits_after(model, text.ids[None], text.start - 1)[0, :-1], task)).cpu()
                 for model in (module, reference)
             )
             if log_q.shape != log_p.shape:

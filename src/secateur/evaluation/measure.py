@@ -24,7 +24,7 @@ from secateur.evaluation.memory import Memory, bytes_on_disk, memory
 from secateur.evaluation.perplexity import Perplexity, perplexity
 from secateur.evaluation.remembered import Remembered
 from secateur.evaluation.speed import PREFILL, Speed, speeds
-from secateur.evaluation.tasks import load_tasks, score
+from secateur.evaluation.tasks import check_limit, load_tasks, score
 from secateur.evaluation.text import Tokens, check_same_tokenizer, one_cut_from_other, read_text, self_written, tokenize
 from secateur.network.locate import locate
 from secateur.network.source import check_device, load, open_model
@@ -140,8 +140,9 @@ def evaluate(
         raise RequestError(
             "divergent tokens compare with a reference; name the model it was made from with --reference."
         )
-    asked = load_tasks(tasks, limit, trust_remote_code)
     kicked = kick or facts is not None
+    check_limit(limit, bool(tasks or kicked))
+    asked = load_tasks(tasks, limit, trust_remote_code)
     if kicked and reference is None and strict:
         raise RequestError("--kick compares with the dense model: name it with --reference ORIGINAL.")
     if (kicked or divergent) and reference is None:
@@ -250,7 +251,9 @@ def _knowledge(opened: Sequence[Opened], facts: Facts, limit: int | None, alike:
     ours, theirs = opened
     key = ("kick", facts.sha256, limit)
     if key not in theirs.answered:
-        theirs.answered[key] = examine_dense(theirs.module, theirs.tokenizer, facts, limit=limit, progress=progress)
+        theirs.answered[key] = examine_dense(
+            theirs.module, theirs.tokenizer, facts, limit=limit, predicts=theirs.predicts, progress=progress
+        )
     return measure_kick(ours.module, ours.tokenizer, theirs.answered[key], texts=alike, progress=progress)
 
 

@@ -30,7 +30,7 @@ def render(card: ResultCard) -> RenderableType:
         cells = [label, before, after, change] if compared else [label, after]
         table.add_row(*(Text(cell) for cell in cells))
     settings = [_settings_table(card)] if card.more_speed else []
-    return Group(table, *settings, *(Text(line) for line in _sentences(card)))
+    return Group(table, *settings, *(Text(line) for line in sentences(card)))
 
 
 def _rows(card: ResultCard) -> list[Row]:
@@ -138,7 +138,8 @@ def _pace_row(label: str, pace: Pace) -> Row:
     )
 
 
-def _sentences(card: ResultCard) -> list[str]:
+def sentences(card: ResultCard) -> list[str]:
+    """What a reader of the figures must know: how each was measured, and the card's own notes."""
     lines = []
     if card.model.perplexity is not None:
         lines.append(f"Perplexity: {card.model.perplexity.protocol.sentence()}.")
@@ -151,14 +152,16 @@ def _sentences(card: ResultCard) -> list[str]:
     if card.speed is not None:
         speed = card.speed
         turns = f"{speed.pairs} turns in alternating order" if card.reference is not None else f"{speed.pairs} runs"
-        one = f"batch {speed.batch}, " if not card.more_speed else ""
+        sizes = list(dict.fromkeys(str(each.batch) for each in (speed, *card.more_speed)))
+        batches = f"batches of {', '.join(sizes)}" if len(sizes) > 1 else f"batch {sizes[0]}"
         energy = (
             f"joules of {' and '.join(speed.energy)}, whatever else ran"
             if speed.energy
             else "energy is not exposed here"
         )
         lines.append(
-            f"Speed: {turns}, {one}{speed.dtype}, {speed.device}, {speed.threads} threads; median (quartiles); {energy}."
+            f"Speed: {turns}, {batches}, {speed.dtype}, {speed.device}, {speed.threads} threads; median (quartiles); "
+            f"{energy}."
         )
     if (memory := card.model.memory) is not None:
         lines.append(

@@ -98,6 +98,14 @@ def load_tasks(specs: Sequence[str], limit: int | None = None, trust_remote_code
     return Tasks(asked, sources, limit, local, trust_remote_code)
 
 
+def check_limit(limit: int | None, asked: bool) -> None:
+    """Raises RequestError for a number of questions where nothing asks any. asked: whether something does."""
+    if limit is not None and not asked:
+        raise RequestError(
+            "--limit says how many questions are asked, and none are; add --tasks, --kick or --facts, or leave it out."
+        )
+
+
 def check_tasks(specs: Sequence[str], limit: int | None = None, trust_remote_code: bool = False) -> None:
     """Raises RequestError as `load_tasks` does: for a run that asks them at its end."""
     load_tasks(specs, limit, trust_remote_code)

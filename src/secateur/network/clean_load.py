@@ -7,7 +7,9 @@ with `decode` tokens where it has a cache, and answers each with one line of JSO
 tell them apart.
 """
 
+import contextlib
 import json
+import os
 import resource
 import sys
 from importlib.abc import MetaPathFinder
@@ -99,12 +101,17 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     sys.meta_path.insert(0, _NoSecateur())
+    # now, while whoever started this is still at work; where it fails, the answer says why
+    with contextlib.suppress(Exception):
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
     for line in sys.stdin:
         try:
             result = answer(json.loads(line))
         except Exception as error:  # whatever stops a user from loading it is the answer
             result = {"error": f"{type(error).__name__}: {str(error).strip()[:500]}"}
         print(json.dumps(result), flush=True)
+    os._exit(0)  # taking torch down in order takes longer than some models do
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
+from pydantic import ValidationError
+
+from secateur.evaluation import ResultCard, sentences
 from secateur.figures import at, number
 from secateur.files import human
 from secateur.page.charts import Chart, Series, lines
@@ -38,16 +41,23 @@ def card_table(card: Card) -> Table:
         batch = f" of each of {speed['batch']}" if (number(speed.get("batch")) or 1) > 1 else ""
         behind = f" behind {at(speed, ('prefill', 'tokens'))}" if phase == "decode" else ""
         label = f"{name} {pace.get('tokens')} tokens{behind}{batch} ({phase}), tokens/s"
-        ours, theirs, gain = (at(pace, (side, "median")) for side in ("model", "reference", "gain"))
-        rows.append((text(label), figure(theirs, _rate), figure(ours, _rate), figure(gain, change)))
+        gain = at(pace, ("gain", "median"))
+        rows.append(
+            (text(label), _spread(pace.get("reference"), 1), _spread(pace.get("model"), 1), figure(gain, change))
+        )
         lower, upper = (number(at(pace, ("gain", key))) for key in ("lower", "upper"))
         if lower is not None and upper is not None:
             spread = Cell(f"{change(lower)} to {change(upper)}", lower)
             rows.append((text(f"{name}, quartiles of the gain"), Cell(ABSENT), Cell(ABSENT), spread))
         spent = [number(at(pace, (key, "median"))) for key in ("reference_joules", "joules")]
         moved = spent[1] / spent[0] - 1 if spent[0] and spent[1] is not None else None
-        shown = [figure(value, lambda found: f"{found:,.3f}") for value in spent]
+        shown = [_spread(pace.get(key), 3) for key in ("reference_joules", "joules")]
         rows.append((text(f"{name}{behind}{batch}, joules a token"), *shown, figure(moved, change)))
+        work = [number(pace.get(key)) for key in ("reference_multiply_adds", "multiply_adds")]
+        promised = work[0] / work[1] - 1 if work[0] is not None and work[1] else None
+        shown = [figure(each, lambda found: f"{found / 1e9:,.3f} G") for each in work]
+        rows.append((text(f"{name}{behind}{batch}, multiply-adds and the gain they promise"), *shown,
+                     figure(promised, change)))  # fmt: skip
     expected = at(card, ("expected_gain",))
     rows.append((text("gain that multiply-adds promise"), Cell(ABSENT), Cell(ABSENT), figure(expected, change)))
     rows = [row for row in rows if any(cell.text != ABSENT for cell in row[1:])]
@@ -58,13 +68,17 @@ def _divergent_rows(card: Card) -> list[tuple[Cell, ...]]:
     """How soon and how often greedy text is another than the original's."""
     found = at(card, ("divergent",)) or {}
     rows: list[tuple[Cell, ...]] = []
-    for share_of, label in (("0.25", "a quarter"), ("0.5", "half"), ("0.75", "three quarters")):
+    for share_of, label in (
+        ("0.1", "a tenth"), ("0.25", "a quarter"), ("0.5", "half"), ("0.75", "three quarters"), ("0.9", "nine tenths"),
+    ):  # fmt: skip
         quantiles = found.get("quantiles") or {}
         if share_of in quantiles:
             after = number(quantiles[share_of])
             shown = figure(after, whole) if after is not None else text(f"> {found.get('continuation')}")
             name = f"tokens before the first divergent one, in {label} of the texts at most"
             rows.append((text(name), Cell(ABSENT), shown, Cell(ABSENT)))
+    mean = figure(found.get("mean"), lambda value: f"{value:,.2f}")
+    rows.append((text("tokens before the first divergent one, on average"), Cell(ABSENT), mean, Cell(ABSENT)))
     for key, label in (
         ("censored", "texts that never diverge"),
         ("share", "divergent tokens, each reading its own text"),
@@ -82,17 +96,20 @@ def kick_table(card: Card) -> Table | None:
     rows = []
     for score in scores:
         before, after, drop = (number(score.get(key)) for key in ("reference", "value", "drop"))
+        moved = after - before if before is not None and after is not None else None
         matches = {True: "yes", False: "no"}.get(score.get("matching"))
         rows.append((
             text(score.get("task")), _score(before, score.get("reference_stderr")), _score(after, score.get("stderr")),
-            figure(None if drop is None else -drop, change), text(matches), figure(score.get("chance"), plain),
+            _score(moved, score.get("change_stderr"), "+.3f"), figure(None if drop is None else -drop, change),
+            text(matches), figure(score.get("chance"), plain),
             figure(score.get("kl"), plain), figure(score.get("agreement"), percent), figure(score.get("n"), whole),
         ))  # fmt: skip
-    columns = ("task", "original", "result", "change", "matches", "chance", "KL, nats", "same first token", "questions")
-    said = f" Facts: {at(card, ('kick', 'facts'))}." if at(card, ("kick", "facts")) else ""
-    return table(
-        "Knowledge (LLM-KICK)", columns, rows, note=f"± one standard error; a match is at most 5 % below.{said}"
-    )
+    columns = (
+        "task", "original", "result", "difference", "of the original", "matches", "chance", "KL, nats", "same first token",
+        "questions",
+    )  # fmt: skip
+    note = "± one standard error; those of differences are over the same questions. A match is at most 5 % below."
+    return table("Knowledge (LLM-KICK)", columns, rows, note=note)
 
 
 def _against(card: Card, label: str, keys: tuple[str, ...], show: Callable[[float], str]) -> tuple[Cell, ...]:
@@ -108,41 +125,23 @@ def _same_vocabulary(card: Card) -> bool:
     return sizes[0] == sizes[1]
 
 
-def _rate(value: float) -> str:
-    return f"{value:,.1f}"
+def _spread(told: Any, digits: int) -> Cell:
+    """A median, with its quartiles where they are known."""
+    middle, lower, upper = (number(at(told, (key,))) for key in ("median", "lower", "upper"))
+    known = lower is not None and upper is not None
+    quartiles = f" ({lower:,.{digits}f} to {upper:,.{digits}f})" if known else ""
+    return figure(middle, lambda value: f"{value:,.{digits}f}{quartiles}")
 
 
 def card_notes(card: Card) -> list[str]:
-    """What a reader of the figures must know: protocols, and the card's own notes."""
-    said: list[str] = []
-    of_text, of_shift = at(card, ("model", "perplexity", "protocol")), at(card, ("divergence", "protocol"))
-    if of_text:
-        said.append(f"Perplexity: {_protocol(of_text)}.")
-    if of_shift and of_shift != of_text:
-        said.append(f"KL and same first token: {_protocol(of_shift)}.")
-    if speed := at(card, ("speed",)):
-        more = at(card, ("more_speed",)) or ()
-        sizes = sorted({int(number(each.get("batch")) or 1) for each in (speed, *more)})
-        batches = f"batch {sizes[0]}" if len(sizes) == 1 else f"batches of {', '.join(map(str, sizes))}"
-        said.append(
-            f"Speed: {speed.get('pairs')} turns of each in alternating order, {batches}, "
-            f"{speed.get('dtype')}, {speed.get('device')}, {speed.get('threads')} threads; medians."
+    """What a reader of the figures must know, in the words of the printed card: how each was measured, and its notes."""
+    try:
+        return sentences(ResultCard.from_dict({**card}))
+    except ValidationError:
+        said = (
+            "How it was measured stands in the receipt, written by another version in a way that this one cannot read."
         )
-    return [*said, *map(str, at(card, ("notes",)) or ())]
-
-
-def _protocol(protocol: Mapping[str, Any]) -> str:
-    """In words; an older card lacks parts of it."""
-    said = [f"text {protocol.get('text') or 'given as token ids'}"]
-    if digest := protocol.get("sha256"):
-        said[0] += f" (sha256 {str(digest)[:12]})"
-    if protocol.get("windows") and protocol.get("window"):
-        said.append(f"{protocol['windows']} windows of {protocol['window']} tokens, stride {protocol.get('stride')}")
-    if (tokens := number(protocol.get("tokens"))) is not None:
-        said.append(f"{tokens:,.0f} tokens predicted")
-    if protocol.get("bos") is not None:
-        said.append("begins with BOS" if protocol["bos"] else "no BOS")
-    return "; ".join([*said, *([protocol["dtype"]] if protocol.get("dtype") else [])])
+        return [said, *map(str, at(card, ("notes",)) or ())]
 
 
 def task_table(card: Card) -> Table | None:
@@ -157,10 +156,22 @@ def task_table(card: Card) -> Table | None:
         rows.append((
             text(score.get("name")), text(score.get("metric")), _score(before, score.get("reference_stderr")),
             _score(after, score.get("stderr")), _score(moved, score.get("change_stderr"), "+.3f"),
-            figure(score.get("n"), whole),
+            figure(score.get("n"), whole), figure(score.get("of"), whole), figure(score.get("shots"), whole),
+            text({True: "more", False: "less"}.get(score.get("higher_is_better"))),
         ))  # fmt: skip
-    columns = ("task", "metric", "original", "result", "difference", "questions")
-    return table("Tasks", columns, rows, note="± one standard error.")
+    columns = (
+        "task",
+        "metric",
+        "original",
+        "result",
+        "difference",
+        "questions",
+        "of",
+        "examples before each",
+        "better is",
+    )
+    note = "± one standard error; those of differences are over the same questions where a metric is their mean."
+    return table("Tasks", columns, rows, note=note)
 
 
 def _score(value: float | None, error: Any, form: str = ".3f") -> Cell:

@@ -10,7 +10,8 @@ from secateur.evaluation.speed import Pace, Spread
 from secateur.figures import at, number
 from secateur.files import human
 from secateur.page.charts import Chart, Point, brief, scatter
-from secateur.page.tables import Cell, Table, change, figure, percent, plain, share, table, text, whole
+from secateur.page.tables import ABSENT, Cell, Table, change, figure, percent, plain, share, table, text, whole
+from secateur.scores import Score, scores_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,38 @@ def overview_table(entries: Sequence[Entry]) -> Table:
         "KL, nats", "same first token", "prefill gain", "decoding gain", "time", "memory", "off the budget",
     )  # fmt: skip
     return table("The runs", columns, rows)
+
+
+def scores_table(entries: Sequence[Entry]) -> Table | None:
+    """Tasks, LLM-KICK and divergent tokens of all runs that were asked, a column for each score; None where none was.
+
+    The original has a row where all agree on what it scored: they may have started from different ones, or been asked
+    different questions.
+    """
+    found = [(entry, {score.column: score for score in scores_of(entry.card)}) for entry in entries]
+    names = {score.column: score.name for _, own in found for score in own.values()}
+    if not names:
+        return None
+    dense = {column: {own[column].reference for _, own in found if column in own} for column in names}
+    rows = [] if any(len(values) > 1 for values in dense.values()) else [
+        (text("(original)"), *(_figure(value) for [value] in dense.values()))
+    ]  # fmt: skip
+    for entry, own in found:
+        if own:
+            rows.append((Cell(entry.name, entry.name, entry.anchor), *(_score(own.get(column)) for column in names)))
+    note = "± one standard error. * worse than the original by more than two standard errors of the difference."
+    return table("Scores", ("run", *names.values()), rows, note=note)
+
+
+def _score(score: Score | None) -> Cell:
+    if score is None:
+        return Cell(ABSENT)
+    error = "" if score.error is None else f" ± {score.error:.3f}"
+    return Cell(f"{plain(score.value)}{error}{' *' if score.fell else ''}", score.value)
+
+
+def _figure(value: float | None) -> Cell:
+    return Cell(ABSENT) if value is None else Cell(plain(value), value)
 
 
 def _less(entry: Entry, what: str) -> float | None:

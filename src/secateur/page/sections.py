@@ -7,18 +7,19 @@ from typing import Any
 import yaml
 
 from secateur.explain import Explanation, explain
-from secateur.figures import at, number, zeros_of
+from secateur.figures import at, number
 from secateur.files import human
 from secateur.page.charts import Chart, Series, brief, lines
 from secateur.page.gather import Comparison, Run
 from secateur.page.layers import cut_charts, error_charts, layer_tables
 from secateur.page.measured import card_notes, card_table, divergence_chart, kick_table, task_table
 from secateur.page.models import Shown
-from secateur.page.overview import Entry, overview_table, pareto_charts
+from secateur.page.overview import Entry, overview_table, pareto_charts, scores_table
 from secateur.page.spectra import Spectrum
 from secateur.page.tables import Cell, Table, change, figure, percent, table, text
 from secateur.page.writing import Pair
 from secateur.paths import without_paths
+from secateur.scores import scores_of
 from secateur.telling import Told
 
 
@@ -66,6 +67,7 @@ class Overview:
 
     facts: Sequence[tuple[str, str]] = ()
     table: Table | None = None
+    scores: Table | None = None
     charts: Sequence[Chart] = ()
     divergence: Chart | None = None
     notes: Sequence[str] = ()
@@ -99,7 +101,7 @@ def overview(comparisons: Sequence[Comparison], runs: Sequence[Run]) -> Overview
         str(said) for comparison in comparisons for row in comparison.rows for said in row.get("cautions") or ()
     ]
     return Overview(
-        facts, overview_table(entries), pareto_charts(entries, compared),
+        facts, overview_table(entries), scores_table(entries), pareto_charts(entries, compared),
         divergence_chart(cards) if len(cards) > 1 else None, tuple(dict.fromkeys(cautions)),
     )  # fmt: skip
 
@@ -208,8 +210,8 @@ def _tiles(receipt: Mapping[str, Any], card: Mapping[str, Any]) -> list[Tile]:
     elif (size := number(counted.get("parameters"))) is not None:
         tiles.append(Tile("parameters", brief(size)))
     told = Told(receipt)
-    zeros, of = zeros_of(receipt["decisions"])
-    if of:
+    zeros, of = (number(at(receipt, ("zeros", key))) for key in ("zeros", "of"))
+    if zeros is not None and of:
         tiles.append(Tile("weights that are zero", percent(zeros / of), f"{brief(zeros)} of {brief(of)}"))
     if (loss := told.loss) is not None:
         ours, theirs = (number(at(card, (side, "perplexity", "perplexity"))) for side in ("model", "reference"))
@@ -223,6 +225,19 @@ def _tiles(receipt: Mapping[str, Any], card: Mapping[str, Any]) -> list[Tile]:
         gain, lower, upper = (number(at(card, ("speed", phase, "gain", key))) for key in ("median", "lower", "upper"))
         if gain is not None and lower is not None and upper is not None:
             tiles.append(Tile(f"speed of {label}", change(gain), f"{change(lower)} to {change(upper)}"))
+    return tiles + _score_tiles(card)
+
+
+def _score_tiles(card: Mapping[str, Any]) -> list[Tile]:
+    """How many of the tasks got worse, and in how many of LLM-KICK the result matches the original."""
+    tiles, found = [], scores_of(card)
+    tasks = [score for score in found if score.kind == "task" and score.change_error is not None]
+    if tasks:
+        fell = sum(score.fell for score in tasks)
+        tiles.append(Tile("scores of tasks that fell", f"{fell} of {len(tasks)}", "beyond two standard errors"))
+    if judged := [score for score in found if score.kind == "kick" and score.matching is not None]:
+        matching = sum(bool(score.matching) for score in judged)
+        tiles.append(Tile("LLM-KICK", f"{matching} of {len(judged)} match", "at most 5 % below the original"))
     return tiles
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.evaluation.forward import evaluating, finite, has_cache, logits_of, maximum_positions, step
+from secateur.evaluation import divergent
+from secateur.evaluation.forward import evaluating, maximum_positions
 from secateur.network.source import load
 
 PROMPTS = (
@@ -57,22 +58,19 @@ def write(spec: str, prompts: Sequence[str], tokens: int, trust_remote_code: boo
 
 def greedy(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> Written:
     """The likeliest token after the other, up to `tokens`, the model's end token, or the end of its positions."""
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    ids, end = torch.tensor([tokenizer(prompt)["input_ids"]]), tokenizer.eos_token_id
     room = (maximum_positions(model) or ids.shape[1] + tokens) - ids.shape[1]
-    made: list[int] = []
-    cache, new = None, ids
     with evaluating(model):
-        while len(made) < min(tokens, room):
-            if has_cache(model):
-                logits, cache = step(model, new, cache)
-            else:
-                logits = logits_of(model, torch.cat([ids, torch.tensor([made], dtype=ids.dtype)], dim=1))
-            chosen = int(finite(logits[0, -1], f"what is written after {prompt!r}").argmax())
-            if chosen == tokenizer.eos_token_id:
-                return Written(_pieces(tokenizer, made), ended=True)
-            made.append(chosen)
-            new = torch.tensor([[chosen]])
-    return Written(_pieces(tokenizer, made))
+        text = divergent.greedy(
+            model,
+            ids,
+            min(tokens, room),
+            what=f"the model after {prompt!r}",
+            enough=lambda text: int(text[0, -1]) == end,
+        )
+    made = text[0].tolist()
+    ended = made[-1:] == [end]
+    return Written(_pieces(tokenizer, made[:-1] if ended else made), ended)
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:

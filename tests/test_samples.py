@@ -261,8 +261,13 @@ def test_a_model_without_a_tokenizer(refused: Callable[..., str], bare: Path, tm
     (tmp_path / "text.txt").write_text(TEXT * 9)
     said = refused("--calibration", tmp_path / "text.txt", "--length", 8, "--samples", 2, source=bare)
     assert "no tokenizer" in said and "JSON file of token ids" in said
-    said = refused("--length", 8, "--samples", 2, source=bare)
-    assert "no tokenizer" in said and "JSON file of token ids" in said
+
+
+def test_a_model_without_a_tokenizer_writes_ids(bare: Path) -> None:
+    samples = collect_samples(open_model(bare), Calibration(**{**SMALL, "data": "self"}), torch.Generator(), seed=4)
+    assert [len(each) for each in (*samples.sequences, *samples.held_out)] == [8] * 5
+    assert all(int(each[0]) == 1 for each in samples.sequences), "each begins with bos_token_id"
+    assert len({tuple(each.tolist()) for each in (*samples.sequences, *samples.held_out)}) == 5
 
 
 def test_wrong_options(refused: Callable[..., str], tmp_path: Path) -> None:

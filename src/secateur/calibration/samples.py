@@ -22,7 +22,7 @@ from secateur.errors import RequestError
 from secateur.evaluation.text import read_text, self_written, tokenize
 from secateur.files import read_json, read_tensors, write_json, write_tensors
 from secateur.network.checkpoint import line
-from secateur.network.source import Source, load, tokenizer
+from secateur.network.source import Source, dense_model, load, tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ class Calibration(BaseModel):
 
     Args:
         data: a text file, a `.json` or `.jsonl` file (texts, {"text": ...}, lists of token ids or {"input_ids": ...}),
-            `dataset:NAME[,CONFIGURATION][,SPLIT[,COLUMN]]` of the datasets library, or `self`: the model writes the text.
+            `dataset:NAME[,CONFIGURATION][,SPLIT[,COLUMN]]` of the datasets library, or `self`: the model writes
+            the tokens, with or without a tokenizer (`secateur.evaluation.self_written` says how they begin).
         samples: how many sequences; default 128, and 32 where the model writes them.
         length: tokens of each; default 512, or the model's positions if those are fewer.
         held_out: sequences beside those, for the reports alone; default an eighth more.
@@ -230,13 +231,10 @@ def _of_library(
 def _own(source: Source, count: int, length: int, seed: int, progress: Progress) -> list[Tensor]:
     """Sequences that the model writes; it is loaded whole for that."""
     if source.live is not None:
-        model, words = source.live, None
+        # in float32, as the same model would write from a directory
+        model, words = dense_model(source, "cpu"), None
     else:
         model, words = load(source.spec, trust_remote_code=source.trust_remote_code)
-    if words is None:
-        raise RequestError(
-            f"{source.spec} has no tokenizer, so it cannot write its own calibration text; name a JSON file of token ids."
-        )
     written = self_written(model, words, sequences=count, length=length, seed=seed, progress=progress)
     return list(written.ids.split(length))
 

@@ -271,6 +271,8 @@ def test_a_model_without_a_tokenizer_writes_ids(bare: Path) -> None:
 
 
 def test_wrong_options(refused: Callable[..., str], tmp_path: Path) -> None:
+    for name in ("", ",small", "some/name,small,test,text,more"):
+        assert f"dataset:{name} is not of the form dataset:NAME[" in refused("--calibration", f"dataset:{name}")
     (tmp_path / "ids.json").write_text(json.dumps(LISTS))
     assert "nowhere.txt" in refused("--calibration", tmp_path / "nowhere.txt")
     assert str(tmp_path) in refused("--calibration", tmp_path), "a directory"

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from secateur.errors import RequestError, RunError
 from secateur.evaluation import (
@@ -208,6 +208,27 @@ def test_a_sequence_does_not_depend_on_how_many_are_written():
     one = self_written(llama(), words(), sequences=1, length=20)
     three = self_written(llama(), words(), sequences=3, length=20)
     assert three.ids[:20].equal(one.ids)
+
+
+@pytest.mark.parametrize(
+    ("said", "generation", "starts"),
+    [
+        ({"bos_token_id": 5, "eos_token_id": 6}, {}, {5}),
+        ({"bos_token_id": 5}, {"bos_token_id": 7}, {7}),
+        ({"bos_token_id": None, "eos_token_id": [6, 9]}, {}, {6}),
+        ({"bos_token_id": VOCABULARY, "eos_token_id": 6}, {}, {6}),
+        ({"bos_token_id": None, "eos_token_id": None}, {}, None),
+    ],
+)
+def test_without_a_tokenizer_text_begins_where_the_configuration_says(said, generation, starts):
+    model = llama()
+    model.config.update(said)
+    model.generation_config = GenerationConfig(**{**said, **generation})
+    written = self_written(model, None, sequences=6, length=5, seed=3)
+    first = written.ids[::5].tolist()
+    assert set(first) == starts if starts else len(set(first)) > 2
+    assert written.ids.equal(self_written(model, None, sequences=6, length=5, seed=3).ids)
+    assert written.tokenizer is None and written.vocabulary is None
 
 
 def test_written_text_follows_the_reference_with_and_without_a_cache():

@@ -16,6 +16,7 @@ import gguf_file
 import outcomes
 import secateur
 import tiny
+from secateur.calibration.samples import collect_samples
 from secateur.network.source import load, open_model
 from secateur.network.verify import CleanProcess
 
@@ -192,9 +193,19 @@ def test_a_module_that_is_cut_and_then_pruned(learned: Callable) -> None:
     assert [each["method"] for each in result.receipt["decisions"]] == ["random_units", "wanda"]
 
 
-def test_a_module_has_no_tokenizer_to_write_text_with() -> None:
-    with pytest.raises(secateur.RequestError, match=r"no tokenizer, .* JSON file of token ids"):
-        secateur.compress(tiny.make("llama"), "wanda")
+def test_a_module_writes_its_own_calibration_tokens(tmp_path: Path) -> None:
+    """Ids need no tokenizer: what a directory without one writes is the same."""
+    module = tiny.make("llama").train()
+    recipe = secateur.Recipe.parse({"steps": ["wanda"], "calibration": {"samples": 3, "length": 8}, "seed": 2})
+    result = secateur.compress(module, recipe=recipe)
+    told = result.receipt["decisions"][0]["calibration"]
+    assert told["sequences"] == 3 and told["tokens"] == 24 and "written by the model itself" in told["data"]
+    assert zeros(result.model) > 0 and module.training
+    module.save_pretrained(tmp_path)
+    stored, other = (
+        collect_samples(open_model(tmp_path), recipe.calibration, torch.Generator(), seed).sha256 for seed in (2, 3)
+    )
+    assert stored == told["sha256"] and other != stored
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,35 @@ def test_settings_that_are_refused(setting: str, what: str) -> None:
         Recipe.parse(TWO).override([setting])
 
 
+@pytest.mark.parametrize(
+    ("raw", "what"),
+    [
+        (
+            {"calibration": {"sample": 3}},
+            r"^calibration has no entry 'sample'\. Did you mean 'samples'\? It has: data, samp",
+        ),
+        (
+            {"evaluate": {"windws": 3}},
+            r"^evaluate has no entry 'windws'\. Did you mean 'window(s)?'\? It has: text, wind",
+        ),
+        ({"evaluate": {"qqq": 3}}, r"^evaluate has no entry 'qqq'\. It has: text"),
+        (
+            {"evaluate": {"windows": "many"}},
+            r"^recipe: evaluate\.windows='many' was refused: input should be a valid int",
+        ),
+        ({"calibration": {"samples": 0}}, r"^recipe: calibration\.samples=0 was refused"),
+        ({"calibrtion": {}}, r"Did you mean 'calibration'"),
+    ],
+)
+def test_entries_that_are_refused(raw: dict, what: str) -> None:
+    with pytest.raises(RequestError, match=what):
+        Recipe.parse({"steps": ["wanda"], **raw})
+    if "calibration" in raw:
+        [(name, value)] = raw["calibration"].items()
+        with pytest.raises(RequestError, match=what):
+            Recipe.parse({"steps": ["wanda"]}).override([f"calibration.{name}={value}"])
+
+
 def test_identity_holds_what_decides_the_bytes(tmp_path: Path) -> None:
     policy = tmp_path / "policy.safetensors"
     policy.write_bytes(b"one")

@@ -261,11 +261,18 @@ def test_a_model_without_a_tokenizer(refused: Callable[..., str], bare: Path, tm
     (tmp_path / "text.txt").write_text(TEXT * 9)
     said = refused("--calibration", tmp_path / "text.txt", "--length", 8, "--samples", 2, source=bare)
     assert "no tokenizer" in said and "JSON file of token ids" in said
-    said = refused("--length", 8, "--samples", 2, source=bare)
-    assert "no tokenizer" in said and "JSON file of token ids" in said
+
+
+def test_a_model_without_a_tokenizer_writes_ids(bare: Path) -> None:
+    samples = collect_samples(open_model(bare), Calibration(**{**SMALL, "data": "self"}), torch.Generator(), seed=4)
+    assert [len(each) for each in (*samples.sequences, *samples.held_out)] == [8] * 5
+    assert all(int(each[0]) == 1 for each in samples.sequences), "each begins with bos_token_id"
+    assert len({tuple(each.tolist()) for each in (*samples.sequences, *samples.held_out)}) == 5
 
 
 def test_wrong_options(refused: Callable[..., str], tmp_path: Path) -> None:
+    for name in ("", ",small", "some/name,small,test,text,more"):
+        assert f"dataset:{name} is not of the form dataset:NAME[" in refused("--calibration", f"dataset:{name}")
     (tmp_path / "ids.json").write_text(json.dumps(LISTS))
     assert "nowhere.txt" in refused("--calibration", tmp_path / "nowhere.txt")
     assert str(tmp_path) in refused("--calibration", tmp_path), "a directory"

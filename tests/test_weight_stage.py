@@ -23,6 +23,7 @@ from secateur.network.masks import PackedMask, pack, read_mask_file, unpack, wri
 from secateur.network.matrices import MatrixRef, matrices, view
 from secateur.network.verify import CleanProcess
 from secateur.registry import methods
+from secateur.tensor.expressions import Expression
 from secateur.tensor.patterns import Budget, Pattern
 
 Make = Callable[..., Path]
@@ -370,3 +371,58 @@ def test_a_network_that_diverges_where_no_matrix_looks(
     source = changed(model, tmp_path, "model.layers.0.mlp.down_proj.weight", 3e38)
     with pytest.raises(secateur.RunError, match=r"block 0 gives non-finite hidden states"):
         run(source, recipe({"wanda": {"targets": "*q_proj*"}}))
+
+
+@pytest.mark.parametrize(
+    ("step", "what"),
+    [
+        ({"sparsegpt": {"group": 8}}, "^sparsegpt: group says how bits are rounded to, .* give bits too"),
+        ({"sparsegpt": {"symmetric": True}}, "^sparsegpt: symmetric says"),
+        ({"apt": {"mask": {"sparsegpt": {"group": 8}}}}, "^sparsegpt: group says"),
+        ({"pruner_zero": {"expression": "TREE"}}, "^pruner_zero: .*tree.json holds no expression .*knows no 'sin'"),
+        ({"dsnot": {"mask": {"pruner_zero": {"expression": "TREE"}}}}, "^pruner_zero: .*knows no 'sin'"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_written(
+    step: Any, what: str, recipe: Callable, model: Make, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree.json"
+    tree.write_text('{"data": "sin", "left": {"data": "W"}}')
+    plan = recipe(json.loads(json.dumps(step).replace("TREE", str(tree))))
+    with pytest.raises(secateur.RequestError, match=what):
+        secateur.compress(model("llama"), recipe=plan, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_group_with_bits_is_taken(recipe: Callable) -> None:
+    given = {"bits": 3, "group": 16, "symmetric": True, "pattern": 0.5}
+    assert secateur.compress(tiny.make("llama"), recipe=recipe({"sparsegpt": given})).model is not None
+
+
+def test_an_expression_is_read_once(recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tree.json"
+    path.write_text('{"data": "mul", "left": {"data": "W"}, "right": {"data": "X"}}')
+    reads: list[str] = []
+    parse = Expression.from_json
+    monkeypatch.setattr(Expression, "from_json", lambda text: reads.append(text) or parse(text))
+    secateur.compress(tiny.make("llama"), recipe=recipe({"pruner_zero": {"expression": str(path)}}))
+    assert len(reads) == 1, "not for each of 21 matrices"
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "told"),
+    [
+        ("llama", None, True),
+        pytest.param("mixtral", ["attention"], True, marks=pytest.mark.every),
+        pytest.param("mixtral", None, False, marks=pytest.mark.every),
+    ],
+)
+def test_gates_that_count_nowhere_are_told(
+    name: str, targets: Any, told: bool, recipe: Callable, run: Callable, model: Make
+) -> None:
+    """Who prunes a dense model by MoE-Pruner has Wanda, and should know."""
+    output = run(model(name), recipe({"moe_pruner": {"targets": targets}}))
+    said = "none of the pruned matrices belongs to an expert"
+    receipt = json.loads((output / "secateur.json").read_text())
+    assert sum(said in sentence for sentence in receipt["decisions"][0]["warnings"]) == told
+    assert (said in (output / "README.md").read_text()) == told

@@ -105,12 +105,10 @@ class Recipe(BaseModel):
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> "Recipe":
         """Checks a recipe as read from YAML. Raises RequestError naming the entry."""
-        for name in raw:
-            if name not in cls.model_fields:
-                raise RequestError(
-                    f"a recipe has no entry '{name}'.{suggest(str(name), cls.model_fields)} "
-                    f"It has: {', '.join(cls.model_fields)}."
-                )
+        _check_entries("a recipe", raw, cls)
+        for part, model in (("calibration", Calibration), ("evaluate", Evaluate)):
+            if isinstance(entries := raw.get(part), Mapping):
+                _check_entries(part, entries, model)
         steps = raw.get("steps")
         if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
             raise RequestError(
@@ -120,7 +118,8 @@ class Recipe(BaseModel):
             return cls(**{**raw, "steps": tuple(_step(entry) for entry in steps)})
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(map(str, first["loc"]))
+            # what may be one of two types is named by its type too, which no recipe holds
+            name = ".".join(str(part) for part in first["loc"] if part not in (Evaluate.__name__, "bool"))
             raise RequestError(f"recipe: {name}={first['input']!r} was refused: {message(first)}.") from error
 
     @classmethod
@@ -238,6 +237,14 @@ class Recipe(BaseModel):
             return []
 
         return [found for step in self.steps for found in inside(step.method, step.parameters)]
+
+
+def _check_entries(what: str, raw: Mapping[str, Any], model: type[BaseModel]) -> None:
+    """Raises RequestError naming the first entry that `model` does not have."""
+    known = model.model_fields
+    for name in raw:
+        if name not in known:
+            raise RequestError(f"{what} has no entry '{name}'.{suggest(str(name), known)} It has: {', '.join(known)}.")
 
 
 def _holds_ids(data: str) -> bool:

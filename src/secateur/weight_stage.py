@@ -16,7 +16,7 @@ from secateur.calibration.divergence_trials import DivergenceTrials, RehearsedTr
 from secateur.calibration.gradients import learn_gradients, pretend_gradients, read_gradients
 from secateur.calibration.passes import Rows
 from secateur.calibration.samples import Samples
-from secateur.calibration.statistics import Statistics
+from secateur.calibration.statistics import GatedNorms, Statistics
 from secateur.context import Context, processes
 from secateur.errors import RunError
 from secateur.files import read_tensors, write_json, write_tensors
@@ -210,6 +210,11 @@ class WeightStage(BlockStage):
         self.matrices = {name: self.matrices[name] for name in names if name in self.matrices}
         self.notes.update(errors(self.matrices))
         self.warnings.append(self.step.registered.caution)
+        if GatedNorms in self.solver.needs and all(ref.expert is None for each in self.refs.values() for ref in each):
+            self.warnings.append(
+                f"{self.step.method}: none of the pruned matrices belongs to an expert, so no router's gate counts here: "
+                "inputs are weighed by their norm alone, as wanda does."
+            )
         unseen = sum(bool(entry.get("unseen")) for entry in self.matrices.values())
         if unseen:
             self.warnings.append(

@@ -22,11 +22,11 @@ from secateur.errors import RequestError
 from secateur.evaluation.text import read_text, self_written, tokenize
 from secateur.files import read_json, read_tensors, write_json, write_tensors
 from secateur.network.checkpoint import line
-from secateur.network.source import Source, load, tokenizer
+from secateur.network.source import Source, dense_model, load, tokenizer
 
 logger = logging.getLogger(__name__)
 
-SELF = "self"
+SELF, DATASET = "self", "dataset:"
 LENGTH, SAMPLES, SAMPLES_OF_ITS_OWN = 512, 128, 32  # writing takes far longer than reading
 
 
@@ -35,7 +35,8 @@ class Calibration(BaseModel):
 
     Args:
         data: a text file, a `.json` or `.jsonl` file (texts, {"text": ...}, lists of token ids or {"input_ids": ...}),
-            `dataset:NAME[,CONFIGURATION][,SPLIT[,COLUMN]]` of the datasets library, or `self`: the model writes the text.
+            `dataset:NAME[,CONFIGURATION][,SPLIT[,COLUMN]]` of the datasets library, or `self`: the model writes
+            the tokens, with or without a tokenizer (`secateur.evaluation.self_written` says how they begin).
         samples: how many sequences; default 128, and 32 where the model writes them.
         length: tokens of each; default 512, or the model's positions if those are fewer.
         held_out: sequences beside those, for the reports alone; default an eighth more.
@@ -79,7 +80,10 @@ class Calibration(BaseModel):
         """Raises RequestError when `data` names nothing that can be read."""
         if self.sequential and self.inputs == "dense":
             raise RequestError("calibration: sequential needs compressed inputs; leave inputs out.")
-        if self.data == SELF or self.data.startswith("dataset:") or Path(self.data).is_file():
+        if self.data.startswith(DATASET):
+            _parts_of(self.data.removeprefix(DATASET))
+            return
+        if self.data == SELF or Path(self.data).is_file():
             return
         raise RequestError(
             f"there is no calibration text at {self.data}; name a text or JSON file, dataset:NAME, or self."
@@ -159,7 +163,7 @@ def collect_samples(
         ]
         windows = [window for window in windows if len(window) > 1]
         # what stands on this machine is nobody's business elsewhere, and the hash says which text it was
-        name = wanted.data if wanted.data.startswith("dataset:") else Path(wanted.data).name
+        name = wanted.data if wanted.data.startswith(DATASET) else Path(wanted.data).name
         if len(windows) < total:
             raise RequestError(
                 f"{name} holds {len(windows)} sequences of up to {length} tokens, but {wanted.count} are asked for and "
@@ -231,13 +235,10 @@ def _of_library(
 def _own(source: Source, count: int, length: int, seed: int, progress: Progress) -> list[Tensor]:
     """Sequences that the model writes; it is loaded whole for that."""
     if source.live is not None:
-        model, words = source.live, None
+        # in float32, as the same model would write from a directory
+        model, words = dense_model(source, "cpu"), None
     else:
         model, words = load(source.spec, trust_remote_code=source.trust_remote_code)
-    if words is None:
-        raise RequestError(
-            f"{source.spec} has no tokenizer, so it cannot write its own calibration text; name a JSON file of token ids."
-        )
     written = self_written(model, words, sequences=count, length=length, seed=seed, progress=progress)
     return list(written.ids.split(length))
 
@@ -246,8 +247,8 @@ def read_entries(data: str) -> Iterator[str | list[int]]:
     """The texts and lists of token ids that `data` holds, empty ones left out. Raises RequestError for anything else."""
     path = Path(data)
     documents: Iterator[Any] | Sequence[Any]
-    if data.startswith("dataset:"):
-        documents = _dataset(data.removeprefix("dataset:"))
+    if data.startswith(DATASET):
+        documents = _dataset(data.removeprefix(DATASET))
     elif path.suffix in (".json", ".jsonl"):
         documents = _json(path)
     else:
@@ -305,24 +306,33 @@ def _json(path: Path) -> list[Any]:
     return entries
 
 
-def _dataset(name: str) -> Iterator[Any]:
-    """Rows of a dataset of the datasets library, their text column as "text"."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise RequestError(
-            f"dataset:{name} needs the datasets library: pip install secateur[data], or name a file."
-        ) from error
+def _parts_of(name: str) -> tuple[list[str], str, str]:
+    """What `dataset:name` names: the dataset and its configuration if any, the split, the column. Raises RequestError."""
     repository, *rest = name.split(",")
     if rest and rest[0].partition("[")[0] in ("train", "validation", "test"):
         configuration = []
     else:
         configuration, rest = rest[:1], rest[1:]
     split, column, *more = [*rest, *("train", "text")[len(rest) :]]
-    if more:
-        raise RequestError(f"dataset:{name} is not of the form dataset:NAME[,CONFIGURATION][,SPLIT[,COLUMN]].")
+    if more or not all((repository, *configuration, split, column)):
+        raise RequestError(
+            f"dataset:{name} is not of the form dataset:NAME[,CONFIGURATION][,SPLIT[,COLUMN]]; name a dataset, and leave no "
+            "part empty."
+        )
+    return [repository, *configuration], split, column
+
+
+def _dataset(name: str) -> Iterator[Any]:
+    """Rows of a dataset of the datasets library, their text column as "text"."""
+    named, split, column = _parts_of(name)
     try:
-        rows = datasets.load_dataset(repository, *configuration, split=split)
+        import datasets
+    except ImportError as error:
+        raise RequestError(
+            f"dataset:{name} needs the datasets library: pip install secateur[data], or name a file."
+        ) from error
+    try:
+        rows = datasets.load_dataset(*named, split=split)
     except Exception as error:  # each builder and the hub fail in their own ways
         raise RequestError(f"dataset:{name} could not be opened: {line(error)}") from error
     if column not in rows.column_names and "input_ids" not in rows.column_names:

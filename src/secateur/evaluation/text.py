@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from secateur.context import Progress, silent
 from secateur.errors import RequestError
-from secateur.evaluation.forward import check_length, evaluating, finite, has_cache, logits_of, maximum_positions, step
+from secateur.evaluation.forward import (
+    check_length,
+    evaluating,
+    finite,
+    has_cache,
+    logits_of,
+    maximum_positions,
+    step,
+    text_config,
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ def check_same_tokenizer(tokenizer: Any, reference: Any) -> None:
 
 def self_written(
     reference: nn.Module,
-    tokenizer: Any,
+    tokenizer: Any | None,
     *,
     sequences: int = 4,
     length: int | None = None,
@@ -110,6 +119,9 @@ def self_written(
     Each sequence starts with a token drawn uniformly from the ordinary vocabulary and goes on by sampling the
     reference's own distribution at temperature 1. Sequence i draws from a stream addressed by (seed, i) alone.
 
+    tokenizer: says which tokens are ordinary. Writing ids needs none: without one every sequence starts with the
+    `bos_token_id` of the generation configuration or the configuration, else with their `eos_token_id` (of several the
+    first), and where they name neither, with an id drawn uniformly from the whole vocabulary.
     length: tokens per sequence, by default 256 or the model's positions if those are fewer. Returns `Tokens` whose ids
     are the sequences one after the other, so that windows of `length` are exactly the sequences.
     """
@@ -121,9 +133,8 @@ def self_written(
         )
     check_length(reference, length, "A sequence")
     generators = [torch.Generator().manual_seed(_address(seed, index)) for index in range(sequences)]
-    special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor([index for index in sorted(tokenizer.get_vocab().values()) if index not in special])
-    starts = [ordinary[torch.randint(len(ordinary), (1,), generator=generator)] for generator in generators]
+    first = _first_ids(reference, tokenizer)
+    starts = [first[torch.randint(len(first), (1,), generator=generator)] for generator in generators]
     written = torch.stack(starts)
     cache = None
     with evaluating(reference), progress("text by the reference", length - 1) as bar:
@@ -142,10 +153,26 @@ def self_written(
         ids=ids,
         name=f"written by the reference itself ({sequences} x {length} tokens, seed {seed})",
         sha256=hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest(),
-        tokenizer=type(tokenizer).__name__,
-        vocabulary=len(tokenizer),
-        bos=False,
+        tokenizer=None if tokenizer is None else type(tokenizer).__name__,
+        vocabulary=None if tokenizer is None else len(tokenizer),
+        bos=False if tokenizer is not None else None,
     )
+
+
+def _first_ids(reference: nn.Module, tokenizer: Any | None) -> Tensor:
+    """(ids,) int64: those that a sequence may start with."""
+    if tokenizer is not None:
+        special = set(tokenizer.all_special_ids)
+        return torch.tensor([index for index in sorted(tokenizer.get_vocab().values()) if index not in special])
+    vocabulary = text_config(reference).vocab_size
+    for name in ("bos_token_id", "eos_token_id"):
+        for config in (getattr(reference, "generation_config", None), text_config(reference)):
+            value = getattr(config, name, None)
+            for index in value if isinstance(value, list | tuple) else [value]:
+                # an id that lies outside is one of another tokenizer: nothing can be read from it
+                if isinstance(index, int) and 0 <= index < vocabulary:
+                    return torch.tensor([index])
+    return torch.arange(vocabulary)
 
 
 def _address(seed: int, index: int) -> int:

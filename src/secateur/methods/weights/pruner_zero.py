@@ -10,12 +10,22 @@ min-max takes that away again, but other expressions may see it. The published g
 perplexity the search was judged: figures on it are in-domain.
 """
 
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from secateur.errors import RequestError, RunError
 from secateur.registry import Budget, Gradients, InputNorms, Mask, Weight, method
 from secateur.tensor.expressions import PUBLISHED, Expression, evaluate
+
+
+def _unreadable(parameters: Mapping[str, Any]) -> str | None:
+    try:
+        _read(parameters["expression"])
+    except RequestError as error:
+        return str(error)
+    return None
 
 
 @method(
@@ -27,6 +37,7 @@ from secateur.tensor.expressions import PUBLISHED, Expression, evaluate
     speedup="specific",
     criterion="saliency",
     schedule="one-shot",
+    refuses=_unreadable,
 )
 def pruner_zero(
     weight: Weight,
@@ -45,7 +56,7 @@ def pruner_zero(
         expression: file with another tree than the published winner, in the released JSON format.
         per: compare scores within each output row, or within the whole matrix.
     """
-    tree = PUBLISHED if expression is None else _read(expression)
+    tree = _read(expression)
     values = {
         "W": weight.matrix.abs(),
         "G": 100 * gradients.squares.sqrt(),
@@ -58,8 +69,16 @@ def pruner_zero(
     return Mask(budget.mask(scores.broadcast_to(weight.matrix.shape), per))
 
 
-def _read(path: Path) -> Expression:
+def _read(path: Path | None) -> Expression:
+    """The tree of a file, once for all matrices; the published one without a file. Raises RequestError."""
+    if path is None:
+        return PUBLISHED
     try:
-        return Expression.from_json(path.read_text(encoding="utf-8"))
+        return _parsed(path, path.stat().st_mtime_ns)
     except (OSError, ValueError) as error:
         raise RequestError(f"{path} holds no expression that can be used: {error}.") from error
+
+
+@lru_cache(maxsize=4)
+def _parsed(path: Path, _changed: int) -> Expression:
+    return Expression.from_json(path.read_text(encoding="utf-8"))

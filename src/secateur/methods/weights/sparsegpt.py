@@ -10,13 +10,23 @@ weights. In float32, for the same mask, the weights here were 1.7 to 2.9 times n
 always 0 do not count in the mean diagonal here.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from secateur.registry import Budget, Context, Gram, MaskFrom, Update, Weight, method
 from secateur.tensor.grid import Grid
 from secateur.tensor.sweep import by_budget, sweep
+
+
+def _contradiction(parameters: Mapping[str, Any]) -> str | None:
+    alone = [name for name in ("group", "symmetric") if parameters[name] and parameters["bits"] is None]
+    return (
+        f"{alone[0]} says how bits are rounded to, and there are none; give bits too, or leave it out."
+        if alone
+        else None
+    )
 
 
 @method(
@@ -29,6 +39,7 @@ from secateur.tensor.sweep import by_budget, sweep
     criterion="reconstruction",
     schedule="one-shot",
     fuses=("quantization",),
+    refuses=_contradiction,
 )
 def sparsegpt(
     weight: Weight,

@@ -94,7 +94,8 @@ def side_by_side(prompt: str, original: Written, result: Written) -> Pair:
         min(len(original.pieces), len(result.pieces)),
     )
     if original == result:
-        return Pair(prompt, None, ((original.text, False),), ((result.text, False),), (result.ended,) * 2)
+        both = _told([(original.text, False)])
+        return Pair(prompt, None, both, both, (result.ended,) * 2)
     start = "".join(original.pieces[:shared])
     rests = [_words("".join(written.pieces[shared:])) for written in (original, result)]
     left, right = [(start, False)], [(start, False)]
@@ -111,4 +112,9 @@ def _words(text: str) -> list[str]:
 
 
 def _told(parts: Sequence[tuple[str, bool]]) -> tuple[tuple[str, bool], ...]:
-    return tuple((text, differs) for text, differs in parts if text)
+    return tuple((_shorter(text), differs) for text, differs in parts if text)
+
+
+def _shorter(text: str) -> str:
+    """A model that writes nothing but line breaks would fill a page with them: from the third on they are counted."""
+    return re.sub(r"(?:[ \t]*\n){3,}", lambda found: f"\n⏎ × {found[0].count(chr(10))}\n", text)

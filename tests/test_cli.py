@@ -201,7 +201,7 @@ def test_calibration_options_change_only_what_they_name(model: Make, ids: Path, 
         f"steps: [wanda]\ncalibration: {{data: {ids}, samples: 9, length: 20, held_out: 3, order: first}}\n"
     )
     arguments = ("--recipe", tmp_path / "recipe.yaml", "--samples", 4)
-    assert secateur("compress", model("llama"), "--output", tmp_path / "out", "--quiet", *arguments).code == 0
+    assert compress(model("llama"), tmp_path / "out", *arguments, method=None).code == 0
     receipt = json.loads((tmp_path / "out" / "secateur.json").read_text())
     said = receipt["recipe"]["calibration"]
     assert (said["data"], said["samples"], said["length"], said["held_out"]) == (str(ids), 4, 20, 3)
@@ -259,7 +259,7 @@ def test_options_of_measuring_change_only_what_they_name(
     given: list[Any] = []
     monkeypatch.setattr(run, "compress", lambda *_, recipe, **__: given.append(recipe.evaluate) or run.Result(None))
     arguments = ("--recipe", tmp_path / "recipe.yaml", "--text", tmp_path / "text.txt", "--windows", 3)
-    assert compress(model("llama"), tmp_path / "out", *arguments, method=None).code == 0
+    assert secateur("compress", model("llama"), "--output", tmp_path / "out", "--quiet", *arguments).code == 0
     window = 64 if "window" in measured else None
     assert given == [Evaluate(text=tmp_path / "text.txt", window=window, windows=3)]
 

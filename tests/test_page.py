@@ -472,6 +472,12 @@ def test_words_are_marked_from_the_first_token_that_differs() -> None:
     assert (shorter.same, shorter.ended) == (2, (False, True))
 
 
+def test_a_model_that_writes_only_line_breaks_fills_no_page() -> None:
+    broken = side_by_side("p", Written((" a", "\n\nb")), Written((" a", *"\n" * 40)))
+    assert "".join(text for text, _ in broken.left) == " a\n\nb"
+    assert "".join(text for text, _ in broken.right) == " a\n⏎ × 40\n"
+
+
 def test_ticks_are_round_and_cover_the_range() -> None:
     assert ticks(0, 1536, 4) == [0, 500, 1000, 1500, 2000]
     assert ticks(0, 0.07, 4) == [0, 0.02, 0.04, 0.06, 0.08]

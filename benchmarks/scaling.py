@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from common import compress, random_checkpoint, show
 from secateur.files import human
 
-SHAPES = [(1024, 4096, layers) for layers in (4, 8, 16, 32)] + [(512, 2048, 8), (2048, 8192, 8)]
+SHAPES = [(1024, 4096, layers) for layers in (4, 8, 16, 32, 64, 128)] + [(512, 2048, 8), (2048, 8192, 8)]
 
 
 def main() -> None:

@@ -144,13 +144,23 @@ def masks_equal(one: Path, other: Path) -> float:
     return same / sum(mask.numel() for mask in first.values())
 
 
+ERK = {"magnitude": {"allocation": "erk"}}
+
+
+@pytest.mark.parametrize(
+    "tried",
+    [
+        {"llama": ["wanda", "sparsegpt", ERK, "pruner_zero"], "mixtral": ["wanda", "sparsegpt"]},
+        pytest.param({"llama": ["apt", "admm", "dsnot"], "mixtral": ["moe_pruner"]}, marks=pytest.mark.every),
+    ],
+    ids=["plain", "solving"],
+)
 def test_two_processes_calibrate_like_one(
-    model: Make, calibrated: Callable, clean: CleanProcess, tmp_path: Path
+    tried: dict[str, list], model: Make, calibrated: Callable, clean: CleanProcess, tmp_path: Path
 ) -> None:
-    erk = {"magnitude": {"allocation": "erk"}}
     runs = [
         (str(model(name)), calibrated(step), str(tmp_path / f"{name}-{number}"))
-        for name, steps in (("llama", ["wanda", "sparsegpt", erk, "pruner_zero"]), ("mixtral", ["wanda", "sparsegpt"]))
+        for name, steps in tried.items()
         for number, step in enumerate(steps)
     ]
     program = tmp_path / "program.py"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -41,13 +42,13 @@ def learn_gradients(
 ) -> None:
     """Sums the squared gradients of the next-token loss over the sequences, and keeps them by block in `folder`.
 
-    The dense model and one gradient and one sum for each parameter of `refs` are in memory, in float32. The first process
-    does it for all.
+    The dense model and one gradient and one sum for each parameter of `refs` are in memory of every process, in float32.
+    Processes share the sequences out; their sums are added in the order of the processes.
 
     Raises RunError naming the parameter whose gradients are not finite.
     """
-    marker = folder / "complete"
-    if processes()[0] == 0 and not marker.exists():
+    marker, (rank, world) = folder / "complete", processes()
+    if not marker.exists():
         model = dense_model(source, device)
         names = {ref.parameter for block in refs.values() for ref in block}
         wanted = {name: parameter for name, parameter in model.named_parameters() if name in names}
@@ -57,8 +58,9 @@ def learn_gradients(
         for name, parameter in wanted.items():
             parameter.requires_grad_(True)
             squares[name] = torch.zeros_like(parameter)
-        with torch.enable_grad(), progress("gradients", len(samples.sequences)) as bar:
-            for ids in samples.sequences:
+        mine = samples.sequences[rank::world]
+        with torch.enable_grad(), progress("gradients", len(mine)) as bar:
+            for ids in mine:
                 batch = ids.unsqueeze(0).to(device)
                 logits = model(input_ids=batch, use_cache=False).logits
                 functional.cross_entropy(logits[0, :-1].float(), batch[0, 1:]).backward()
@@ -70,12 +72,28 @@ def learn_gradients(
         for name, tensor in squares.items():
             if not bool(torch.isfinite(tensor.sum())):
                 raise RunError(f"the gradients of {name} are not finite on the calibration tokens; check the model.")
-        for block, found in refs.items():
-            own = {ref.parameter for ref in found}
-            write_tensors(folder / f"{block}.safetensors", {name: squares[name] for name in sorted(own)})
-        write_text(folder / "samples", str(len(samples.sequences)))
-        write_text(marker, "")
+        of_block = {block: sorted({ref.parameter for ref in found}) for block, found in refs.items()}
+        for block, own in of_block.items():
+            write_tensors(_part(folder, block, rank), {name: squares[name] for name in own})
+        barrier()
+        if rank == 0:
+            del model, wanted, squares
+            for block, own in of_block.items():
+                parts = [read_tensors(_part(folder, block, each))[0] for each in range(world)]
+                write_tensors(
+                    folder / f"{block}.safetensors",
+                    {name: reduce(torch.add, (part[name] for part in parts)) for name in own},
+                )
+                for each in range(world):
+                    _part(folder, block, each).unlink()
+            write_text(folder / "samples", str(len(samples.sequences)))
+            write_text(marker, "")
     barrier()
+
+
+def _part(folder: Path, block: int, process: int) -> Path:
+    """What one process found of a block."""
+    return folder / f"{block}.of-{process}.safetensors"
 
 
 def learn_block_gradients(

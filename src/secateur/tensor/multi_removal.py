@@ -11,6 +11,7 @@ are asked of this conditional inverse.
 
 from collections.abc import Callable
 from itertools import combinations
+from math import comb
 from typing import NamedTuple
 
 import torch
@@ -48,9 +49,10 @@ def jointly(kept: int, of: int) -> Rule:
 
     Raises ValueError where a group has more than 1000 patterns.
     """
+    count = comb(of, kept)
+    if count > 1000:
+        raise ValueError(f"{kept}:{of} has {count} patterns for each group; joint losses are for up to 1000")
     patterns = list(combinations(range(of), of - kept))
-    if len(patterns) > 1000:
-        raise ValueError(f"{kept}:{of} has {len(patterns)} patterns for each group; joint losses are for up to 1000")
     masks = torch.ones(len(patterns), of, dtype=torch.bool)
     for mask, pattern in zip(masks, patterns, strict=True):
         mask[list(pattern)] = False

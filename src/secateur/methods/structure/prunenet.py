@@ -1,6 +1,6 @@
 """PruneNet: a policy that sees weights only learns which feed-forward neurons a network can lose.
 
-Chowdhury and others, "You Only Prune Once: Designing Calibration-Free Model Compression With Policy Learning",
+Sengupta and others, "You Only Prune Once: Designing Calibration-Free Model Compression With Policy Learning",
 ICLR 2025, arXiv:2501.15296. State: the first feed-forward matrix W (m, h) of a layer. Action: the k rows S that stay.
 Reward: 1 / KS(σ(W), σ(W[S])), the Kolmogorov–Smirnov distance of the singular values. One policy serves all layers.
 

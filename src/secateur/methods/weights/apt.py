@@ -1,8 +1,8 @@
 """APT: many weights of a row are removed at once, and every weight that stays makes up for them exactly.
 
-"APT: Improving post-training pruning by optimal multi-weight removal", EMNLP Findings 2024, arXiv:2410.15567. Where
-SparseGPT solves a chain of single removals and leaves what it has passed as it is, the removal of all of a row's weights is
-solved as one problem (secateur.tensor.masked_least_squares), and masks are scored with its solution
+Zhao and others, "Pruning Foundation Models for High Accuracy without Retraining", EMNLP Findings 2024, arXiv:2410.15567.
+Where SparseGPT solves a chain of single removals and leaves what it has passed as it is, the removal of all of a row's
+weights is solved as one problem (secateur.tensor.masked_least_squares), and masks are scored with its solution
 (secateur.tensor.multi_removal).
 
 What is from where. From the abstract: the problem, and that all weights that stay are updated. Algebra, re-derived and
@@ -83,7 +83,8 @@ def apt(
         parts: of "blocks", into which the columns are divided; between two of them all rows are brought up to date.
         solver: "steps" stops once every row's loss is proven to be nearly the least; "direct" factors a matrix for each
             row, which takes about ten times as long with a thousand inputs, and more with more.
-        tolerance: of "steps": how far above the least a row's loss may be, as a fraction of it.
+        tolerance: of "steps": how far above the least a row's loss may be, as a fraction of it. With `mask` no row's
+            loss is above that of SparseGPT's sweep either, with which the steps begin.
         mask: a method whose mask is used in place of APT's own.
     """
     if not budget.remove:
@@ -96,6 +97,8 @@ def apt(
     start = preconditioner = None
     if mask is not None:
         kept = mask
+        if compensation == "M" and solver == "steps":  # no row ends above where it starts
+            start = sweep(dense, hessian, kept).weight
     elif schedule == "fast":
         kept = choose_at_once(dense, inverse, _rule(mask_rule, budget, weight.columns)[0])
     else:

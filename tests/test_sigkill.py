@@ -64,7 +64,7 @@ STRIKES = {
         settings={"length": 8},
     ),
     "gradients": Strike(
-        "pruner_zero", "secateur.calibration.gradients", "write_tensors", 2, "gradients/0.safetensors",
+        "pruner_zero", "secateur.calibration.gradients", "write_tensors", 5, "gradients/0.safetensors",
         missing="gradients/complete",
     ),
     "divergence trials": Strike(

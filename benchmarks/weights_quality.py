@@ -4,10 +4,10 @@
         [--seeds 3] [--patterns 0.5 2:4] [--only SparseGPT wanda ...]
     python benchmarks/weights_quality.py ... --allocations [--patterns 0.7]
 
-Float32; a seed draws the calibration windows. Perplexity on the first windows of 1024 tokens. Errors: what a matrix's output
-changes by, squared, relative to it, the mean over all matrices, on rows of the calibration tokens and of held-out ones, in
-the pruned network's own inputs. With --allocations: Wanda with the same number of weights divided in several ways,
-AlphaPruning's the other way round among them, which should be worst if its reasons hold.
+Float32; a seed draws the calibration windows. Perplexity on the first windows of 1024 tokens (--window). Errors: what a
+matrix's output changes by, squared, relative to it, the mean over all matrices, on rows of the calibration tokens and of
+held-out ones, in the pruned network's own inputs. With --allocations: Wanda with the same number of weights divided in
+several ways, AlphaPruning's the other way round among them, which should be worst if its reasons hold.
 """
 
 import argparse
@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--only", nargs="+", help="names of rows, or of methods")
     parser.add_argument("--allocations", action="store_true")
     parser.add_argument("--model", default=SMOLLM2)
@@ -88,7 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     module, _ = load(options.model)
     text = text_ids(options.text, options.model)
-    dense = perplexity(module, text, window=1024, windows=options.windows).perplexity
+    dense = perplexity(module, text, window=options.window, windows=options.windows).perplexity
     variants = ALLOCATIONS if options.allocations else METHODS
     chosen = {
         name: (method, given)
@@ -103,7 +104,9 @@ def main() -> None:
                 runs = []
                 for seed in range(1 if method == "magnitude" else options.seeds):
                     step = {method: {"pattern": pattern, **given}}
-                    key = json.dumps([options.model, step, seed, options.samples, options.length, options.windows])
+                    key = json.dumps(
+                        [options.model, step, seed, options.samples, options.length, options.windows, options.window]
+                    )
                     compute = partial(run, module, text, ids, options, seed, step)
                     runs.append(remembered(options.journal, key, compute))
                     print(f"{pattern}, {name}, seed {seed}: " + told(runs[-1:], ", "), flush=True)
@@ -127,7 +130,7 @@ def run(
     seconds = time.perf_counter() - began
     [said] = result.receipt["decisions"]
     assert result.model is not None
-    found = perplexity(result.model, text, window=1024, windows=options.windows).perplexity
+    found = perplexity(result.model, text, window=options.window, windows=options.windows).perplexity
     return found, said.get("mean calibration error"), said.get("mean held out error"), seconds
 
 

@@ -4,9 +4,6 @@ import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,44 +141,6 @@ def test_blocks_that_are_done_are_not_done_again(
         run(tmp_path / "out", name)
     assert set(passed) == {tiny.BLOCKS - 1}
     assert outcomes.promised(tmp_path / "out") == undisturbed(name)
-
-
-# SIGKILL in a process of its own. Where it strikes: what is replaced by the end of everything at its n-th call.
-STRIKES = {
-    "writing of hidden states": ("secateur.calibration.propagation", "_raw", 7),
-    "statistics": ("secateur.calibration.statistics", "_add_gram", 9),
-    "solving": ("secateur.methods.weights.sparsegpt", "sweep", 11),
-    "a shard": ("secateur.files", "save_file", 6),
-    "masks": ("secateur.network.masks", "write_tensors", 2),
-    "the journal": ("secateur.workspace", "append_line", 3),
-    "samples": ("secateur.weight_stage", "write_json", 1),
-}
-
-
-@pytest.mark.parametrize("where", ["writing of hidden states", *marked(*list(STRIKES)[1:])])
-def test_sigkill(where: str, run: Callable, model: Make, ids: Path, undisturbed: Callable, tmp_path: Path) -> None:
-    place, function, number = STRIKES[where]
-    program = f"""
-import os, signal, torch, secateur, {place} as place, itertools
-secateur.list_methods()
-torch.set_num_threads(1)
-number, function = itertools.count(1), place.{function}
-
-def strike(*arguments, **options):
-    if next(number) == {number}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return function(*arguments, **options)
-
-place.{function} = strike
-calibration = {{"data": {str(ids)!r}, "samples": 4, "length": 16, "held_out": 2}}
-recipe = secateur.Recipe.parse({{"steps": ["sparsegpt"], "calibration": calibration}})
-secateur.compress({str(model("llama"))!r}, recipe=recipe, output={str(tmp_path / "out")!r}, evaluate=False, shard_bytes=1)
-"""
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
-    assert not (tmp_path / "out" / "secateur.json").exists()
-    run(tmp_path / "out")
-    assert outcomes.promised(tmp_path / "out") == undisturbed()
 
 
 def _no_space(*_: Any) -> None:

@@ -287,7 +287,9 @@ def _encoder(source: Source) -> Callable[[str], Tensor]:
         place = replace(place, directory=source.directory)
     words = tokenizer(place, source.trust_remote_code) if source.live is None else None
     if words is None:
-        raise RequestError(f"{source.spec} has no tokenizer; give calibration data as a JSON file of token ids.")
+        raise RequestError(
+            f"{source.spec} has no tokenizer; give calibration data as a JSON file of token ids, or self."
+        )
     return lambda text: tokenize(text, words).ids
 
 

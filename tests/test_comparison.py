@@ -236,6 +236,10 @@ def test_recipes_are_told_what_meets_a_budget(model: Make, tmp_path: Path, name:
         removals = [steps({"layer_drop": {"remove": count}}) for count in range(tiny.BLOCKS)]
         nearest = min(abs(_size(source, each) - amount * source.anatomy.parameters) for each in removals)
         assert abs(result["parameters"] - amount * source.anatomy.parameters) == nearest
+    elif name == "channels":  # as many as the heads divide
+        ratios = [1 - kept / 64 for kept in range(4, 64, 4)]
+        sizes = [_size(source, steps({"slicegpt": {"multiple_of": 1, "ratio": each}})) for each in ratios]
+        assert abs(result[measure] - fitted.wanted) == min(abs(each - fitted.wanted) for each in sizes)
     else:
         assert result[measure] == pytest.approx(fitted.wanted, rel=0.02)
     if name == "after blocks":

@@ -271,7 +271,7 @@ def test_a_budget_is_divided_among_blocks(allocation: str, model: Make, tmp_path
     drawn = torch.randint(3, tiny.VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(2))
     (tmp_path / "ids.json").write_text(json.dumps(drawn.tolist()))
     parameters = {"ratio": 0.3, "multiple_of": 8, "allocation": allocation}
-    wishes = {"data": str(tmp_path / "ids.json"), "samples": 6, "length": 16}
+    wishes = {"data": str(tmp_path / "ids.json"), "samples": 6, "length": 16, "held_out": 0}
     recipe = secateur.Recipe.parse({"steps": [{"wanda_units": parameters}], "calibration": wishes})
     said = secateur.compress(model("mixtral"), recipe=recipe, output=tmp_path / "out", evaluate=False).receipt
     widths = [entry["kept"] for entry in said["decisions"][0]["units"]["expert_neurons"].values()]

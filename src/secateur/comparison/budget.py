@@ -5,7 +5,7 @@ parameter of a known meaning, the fraction or number that the engine counts by.
 """
 
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -226,16 +226,22 @@ def _by_trying(recipe: Recipe, index: int, near: "_Near", blocks: int) -> tuple[
         # is taken, so that steps in between cost no more than halving twice
         share = 0.5 if halve else (sizes[low] - near.wanted) / max(sizes[low] - sizes.get(high, 0), 1)
         middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
-        found = near.tried(foreseen(middle))
-        if found is not None:
-            sizes[middle] = found
-            low, high = (middle, high) if found >= near.wanted else (low, middle)
-        elif (
-            halve
-        ):  # too much; a place on the line may be one that only this width cannot be, as heads divide some alone
-            high = middle
+        # widths that no configuration can say are refused, as is what leaves nothing: the next place that can be is taken
+        tries = ((tried, near.tried(foreseen(tried))) for tried in _around(middle, low, high))
+        middle, found = next(((tried, found) for tried, found in tries if found is not None), (middle, None))
+        if found is None:
+            break
+        sizes[middle] = found
+        low, high = (middle, high) if found >= near.wanted else (low, middle)
         halve = not halve
     return told(min(sizes, key=lambda tried: abs(sizes[tried] - near.wanted))), note
+
+
+def _around(middle: int, low: int, high: int) -> Iterator[int]:
+    """Places between both ends, the nearest to `middle` first: all of few, a good number of many."""
+    stride = max(1, (high - low) // 37)  # an odd number of parts, so that widths that repeat are not all missed
+    places = {middle, *range(middle % stride, high, stride)}
+    yield from sorted((place for place in places if low < place < high), key=lambda place: abs(place - middle))
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ TREES = {
             "tasks",
             "which_method",
             "add_a_method",
+            "decisions",
             "methods/index",
             "api",
         ],

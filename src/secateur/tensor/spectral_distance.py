@@ -24,7 +24,7 @@ class SpectralDistance:
     """Kolmogorov–Smirnov distance between the singular values of W and of W[S]; remembers what belongs to a layer.
 
     layers: how many layers will be asked for. fast: after one exact evaluation of a layer, count eigenvalues at the
-    nodes found there instead of computing all of them (spectra.ks_distance_at; never above the exact distance).
+    nodes found there instead of computing all of them (spectra.ks_distance_at; above the exact distance by rounding only).
     What is remembered of a layer is O(h) numbers; its h x h Gram matrix too where all layers' fit in KEPT_GRAMS.
     """
 

@@ -72,7 +72,8 @@ def prunenet(
         ratio: fraction of the feed-forward neurons removed in every layer.
         mode: "stable" is our numerically sound variant, "reference" the published procedure; widths are rounded in
             both, and multiple_of=1 gives the published width.
-        reward: "exact" computes every singular value, "fast" counts them at the place that decides (a lower bound).
+        reward: "exact" computes every singular value, "fast" counts them at the place that decides (a lower
+            bound, but for rounding).
         episodes: rounds of sampling all layers and updating the policy.
         learning_rate: of AdamW in reference mode (1e-3), of Adam in stable mode (0.05).
         discount: the reward of layer l counts discount^l.

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import Cache
 
 import tiny
 from secateur.errors import RequestError
@@ -59,7 +60,10 @@ def test_facts_of_ones_own(tmp_path: Path) -> None:
         read_facts(tmp_path / "none.jsonl")
 
 
-def test_likelihoods_and_greedy_text_are_what_plain_calls_give() -> None:
+@pytest.mark.parametrize("repeats", [True, False], ids=["all at once", "one by one"])
+def test_likelihoods_and_greedy_text_are_what_plain_calls_give(repeats: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not repeats:  # as of a cache of some other kind
+        monkeypatch.delattr(Cache, "batch_repeat_interleave")
     module, words = tiny.make("llama"), tiny.tokenizer()
     texts = ["The cat sat", "A dog ran far away", "It is so", "The hat fit"]
     ids = [_encoded(words, text) for text in texts]

@@ -325,17 +325,36 @@ def _log_likelihoods(module: nn.Module, pairs: Sequence[tuple[list[int], int]]) 
     found = []
     with evaluating(module):
         begun, cache = step(module, torch.tensor([cut[0][0][:shared]]), None) if shared else (None, None)
-        for ids, start in cut:
-            # the last token predicts nothing that counts
-            rest = torch.tensor([ids[shared:-1]])
-            parts = [] if begun is None else [begun[0]]
-            if rest.numel() and shared:
-                parts.append(step(module, rest, deepcopy(cache))[0][0])
-            elif rest.numel():
-                parts.append(logits_of(module, rest)[0])
-            log_p = log_probabilities(finite(torch.cat([part.cpu() for part in parts])[start - 1 :], "a question"))
+        # the last token predicts nothing that counts
+        rests = [ids[shared:-1] for ids, _ in cut]
+        went_on = _go_on(module, rests, cache)
+        for (ids, start), rest, logits in zip(cut, rests, went_on, strict=True):
+            parts = ([] if begun is None else [begun[0].cpu()]) + ([logits.cpu()] if rest else [])
+            log_p = log_probabilities(finite(torch.cat(parts)[start - 1 :], "a question"))
             found.append(float(log_p.gather(-1, torch.tensor(ids[start:])[:, None]).sum()))
     return found
+
+
+def _go_on(module: nn.Module, rests: Sequence[list[int]], cache: Any) -> Iterator[Tensor]:
+    """Logits (tokens, vocabulary) of each continuation of what `cache` holds; None: of each sequence by itself.
+
+    Where the cache can be repeated all are read at once, the shorter ones filled up behind their end, which nothing before
+    it sees.
+    """
+    longest = max(map(len, rests))
+    if cache is not None and longest and len(rests) > 1 and hasattr(cache, "batch_repeat_interleave"):
+        cache.batch_repeat_interleave(len(rests))
+        filled = torch.tensor([rest + [0] * (longest - len(rest)) for rest in rests])
+        logits = step(module, filled, cache)[0]
+        yield from (row[: len(rest)] for row, rest in zip(logits, rests, strict=True))
+        return
+    for rest in rests:
+        if not rest:
+            yield torch.empty(0)
+        elif cache is not None:
+            yield step(module, torch.tensor([rest]), deepcopy(cache))[0][0]
+        else:
+            yield logits_of(module, torch.tensor([rest]))[0]
 
 
 def _greedy(

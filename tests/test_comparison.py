@@ -582,6 +582,7 @@ def test_where_speed_has_no_room_the_row_says_so(model: Make, text: Path, quick:
     assert "Not measured: speed" in shown(told.summary)
 
 
+@pytest.mark.every
 def test_zeros_are_those_that_are_written(model: Make, quick: dict, tmp_path: Path) -> None:
     """Whatever later steps did to the matrices that an earlier one zeroed weights in, and wherever they lie by then."""
     recipes = {

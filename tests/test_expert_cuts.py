@@ -120,6 +120,7 @@ def test_the_reload_check_needs_the_routers_to_be_told(model: Make, tmp_path: Pa
         cut(model("mixtral"), tmp_path / "cut")
 
 
+@pytest.mark.every
 def test_numbers_that_differ_between_blocks(model: Make, clean: CleanProcess, tmp_path: Path) -> None:
     said = cut(model("mixtral"), tmp_path / "cut", ratios=[0.25, 0.5, 0.0]).receipt
     assert said["code"] == ["modeling_heterogeneous.py"]

@@ -353,7 +353,7 @@ def test_padded_is_plain_and_equal(name: str, gaps: bool, uneven: Callable, shar
 
 
 @onnx
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.every), "gpt2"])
 def test_onnxruntime_computes_what_transformers_does(name: str, model: Make, tmp_path: Path) -> None:
     done = export(model(name), "onnx", tmp_path / "o")
     assert done.measured["difference"] < 1e-5 and "KV cache" in done.notes[0]
@@ -372,6 +372,7 @@ def test_onnx_of_blocks_that_differ(uneven: Callable, tmp_path: Path) -> None:
     assert export(uneven("llama", True), "onnx", tmp_path / "o").measured["difference"] < 1e-5
 
 
+@pytest.mark.every
 @onnx
 def test_what_torch_cannot_trace_is_refused(model: Make, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="as an ONNX graph"):

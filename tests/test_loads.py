@@ -35,6 +35,7 @@ def few_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("secateur.loads._exported", lambda *_: iter(()))
 
 
+@pytest.mark.every
 def test_an_ordinary_model(model: Make) -> None:
     told = secateur("loads", model("llama"), "--json", "--tokens", 2, "--quiet")
     assert told.code == 0

@@ -146,6 +146,7 @@ def test_a_live_module(part: str, run: Callable, tmp_path: Path) -> None:
     assert "Nothing" not in {type(module).__name__ for module in dense.modules()}, "what was given stays whole"
 
 
+@pytest.mark.every
 def test_the_other_part_goes_next_and_gone_ones_do_not_count(model: Make, run: Callable, tmp_path: Path) -> None:
     run(model("llama"), "layer_drop", "one", part="attention", remove=1)
     again = run(tmp_path / "one", "block_influence", "two", part="attention", remove=1).receipt["decisions"][0][
@@ -162,6 +163,7 @@ def test_the_other_part_goes_next_and_gone_ones_do_not_count(model: Make, run: C
         run(tmp_path / "three", "layer_drop", "four", part="attention", remove=1)
 
 
+@pytest.mark.every
 def test_neurons_of_what_is_left_go_too(model: Make, run: Callable, tmp_path: Path) -> None:
     run(model("llama"), "layer_drop", "one", part="attention", remove=1)
     said = run(tmp_path / "one", "random_units", "two", ratio=0.2).receipt

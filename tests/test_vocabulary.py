@@ -452,6 +452,7 @@ def test_a_tokenizer_that_would_split_otherwise_is_refused(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.every
 def test_a_kill_at_each_rename(model: Make, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed = run(model("llama"), tmp_path / "undisturbed", shard_bytes=1)
     for number in range(100):

@@ -91,7 +91,12 @@ STRIKES = {
     # units, planned for the whole network at once
     "evaluator": Strike({"bonsai": BONSAI}, "secateur.calibration.evaluator:Evaluator", "loss", 4, "samples.json"),
     "activations": Strike("minitron", "secateur.calibration.dense_pass", "write_tensors", 2, "*.states"),
-    "directions of the stream": Strike("slicegpt", "secateur.calibration.dense_pass", "write_tensors", 2, "*.states"),
+    "directions of the stream": Strike(
+        {"slicegpt": {"rotation": "one"}}, "secateur.calibration.dense_pass", "write_tensors", 2, "*.states"
+    ),
+    "directions in front of each norm": Strike(
+        "slicegpt", "secateur.calibration.sliced_stream", "write_tensors", 3, "*.states"
+    ),
     "routing": Strike(
         "reap", "secateur.calibration.flow", "write_json", 2, "flow/0-*", missing="flow/1-*", model="mixtral"
     ),

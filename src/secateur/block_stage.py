@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur.calibration.passes import Passes, Rows
 from secateur.calibration.samples import LENGTH, Calibration, Samples, kept_samples
 from secateur.calibration.statistics import UNSEEN, Statistics
-from secateur.context import Context, barrier, give_back_memory, large_memory_apart, processes
+from secateur.context import Context, barrier, give_back_memory, processes
 from secateur.errors import RequestError, RunError
 from secateur.files import read_tensors, write_tensors
 from secateur.network.anatomy import Block
@@ -125,7 +125,6 @@ class BlockStage(Stage):
         """What is learned of all blocks before the first: gradients."""
 
     def _prepare(self) -> None:
-        large_memory_apart()
         self._done = {entry["block"] for entry in Journal(self.state).entries() if "block" in entry}
         self._decide()
         if self.step.calibrated:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.context import Context, Progress, barrier, processes, silent
+from secateur.context import Context, Progress, barrier, large_memory_apart, processes, silent
 from secateur.errors import RunError
 from secateur.files import read_json, write_json, write_text
 from secateur.network.source import Source
@@ -67,6 +67,7 @@ class Stage(ABC):
     def run(self) -> None:
         """Writes the result to `target`; what is finished already is not done again."""
         journal = Journal(self.state)
+        large_memory_apart()
         self._prepare()
         work = self._pieces()
         done = {entry["shard"] for entry in journal.entries() if (self.target / entry.get("shard", "")).is_file()}

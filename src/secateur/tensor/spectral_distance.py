@@ -17,7 +17,7 @@ from secateur.tensor.spectra import (
     smaller_side,
 )
 
-KEPT_GRAMS = 256 * 2**20  # bytes that the whole Gram matrices of all layers may take for being kept
+KEPT_GRAMS = 96 * 2**20  # bytes that the whole Gram matrices of all layers may take for being kept
 
 
 class SpectralDistance:

@@ -108,6 +108,9 @@ def keep_overall(scores: Tensor, remove: int) -> Tensor:
     return kept.view(scores.shape)
 
 
+_GROUPS = 1 << 16  # compared at once: bounds what the comparisons take
+
+
 def keep_n_of_m(scores: Tensor, kept: int, of: int) -> Tensor:
     """(r, d) mask that keeps the `kept` highest of every `of` consecutive columns; `of` divides d, ties as elsewhere."""
     rows, columns = scores.shape
@@ -116,17 +119,18 @@ def keep_n_of_m(scores: Tensor, kept: int, of: int) -> Tensor:
         gone = groups.sort(dim=1, stable=True).indices[:, : of - kept]
         return torch.ones_like(groups, dtype=torch.bool).scatter_(1, gone, False).view(rows, columns)
     # each member's rank by comparison with the others: many times faster than sorting tiny groups
-    members = scores.reshape(-1, of).T.contiguous().unbind()
-    ranks = torch.zeros(of, len(members[0]), dtype=torch.int8, device=scores.device)
-    first = torch.empty(len(members[0]), dtype=torch.bool, device=scores.device)
-    for later in range(1, of):
-        for one in range(later):
-            torch.le(members[one], members[later], out=first)  # among equals the first go
-            ranks[later] += first.view(torch.int8)
-            ranks[one] -= first.view(torch.int8)
-    # a member goes behind all that come after it, less those that it has been found to go before
-    lowest = torch.arange(of, dtype=torch.int8, device=scores.device).unsqueeze(1) - (kept - 1)
-    return (ranks >= lowest).T.reshape(rows, columns)
+    members = scores.reshape(-1, of).T.contiguous()
+    kept_members = torch.empty_like(members, dtype=torch.bool)
+    earlier = torch.ones(of, of, dtype=torch.bool, device=scores.device).tril(-1).unsqueeze(2)
+    lowest = torch.arange(of - 1, -1, -1, dtype=torch.int8, device=scores.device).unsqueeze(1)
+    for start in range(0, members.shape[1], _GROUPS):
+        some = members[:, start : start + _GROUPS]
+        # [i, j] for j < i: whether j goes before i, as the first among equals does
+        before = (some.unsqueeze(0) <= some.unsqueeze(1)).logical_and_(earlier).view(torch.int8)
+        # how many go before a member: those before it in the row, and those after it that it does not go before
+        rank = before.sum(1, dtype=torch.int8) - before.sum(0, dtype=torch.int8) + lowest
+        torch.ge(rank, of - kept, out=kept_members[:, start : start + _GROUPS])
+    return kept_members.T.reshape(rows, columns)
 
 
 def keep_blocks(scores: Tensor, block: tuple[int, int], remove: int) -> Tensor:

@@ -68,9 +68,10 @@ def sweep(
 
         w_j = w₀_j + Σ_{i<j} Δ_i R_ij / R_jj,
 
-    so only the sum A = Δ R over the columns done is carried along. It is accumulated by halves: when the first half of a
-    range of columns is done, one matrix product adds its part to the second half. Only within LEAF columns are there
-    matrix-vector products. Columns are held as rows, so that all of this is contiguous.
+    so only that sum over the columns done is carried along. It is accumulated by halves: when the first half of a range of
+    columns is done, one matrix product adds its part to the second half. Only within LEAF columns are there matrix-vector
+    products. Columns are held as rows, so that all of this is contiguous, and whatever need not be known on the way is
+    computed at the end for all columns: among small matrices the number of calls is what takes the time.
 
     Args:
         weight: (r, d), not changed. Its dtype is the one that is computed in.
@@ -80,70 +81,66 @@ def sweep(
             (r,), such as Grid.nearest.
     """
     rows, columns = weight.shape
-    factor = hessian.backward.to(weight.dtype)
-    scale = factor.diagonal().unsqueeze(1)  # 1 / U_ii
-    result = weight.T.clone(memory_format=torch.contiguous_format)  # w₀, column by column replaced by ŵ
-    result[hessian.dead] = 0
-    change = torch.zeros_like(result)  # A for columns to come, Δ for those done
+    scale = hessian.backward.diagonal().to(weight.dtype).unsqueeze(1)  # 1 / U_ii
+    unit = (hessian.backward.T.to(weight.dtype) / scale).contiguous()  # R_ij / R_jj in row j: ones on the diagonal
+    change = weight.T.clone(memory_format=torch.contiguous_format)  # w₀ of columns to come, Δ of those done
+    change[hessian.dead] = 0
+    passed = torch.zeros_like(change)  # w₀ − w, what columns before have passed on
+    values = None if quantize is None else torch.empty_like(change)  # w₀ − Δ would not hit the grid exactly
     if isinstance(selection, Tensor):
         kept, choose, step = selection.T.contiguous(), None, columns
     else:
-        kept, choose, step = torch.empty_like(result, dtype=torch.bool), selection.choose, selection.step
-    loss = weight.new_zeros(rows)
+        kept, choose, step = torch.empty_like(change, dtype=torch.bool), selection.choose, selection.step
     # of groups that are chosen one by one all at once: there are many and each is tiny
-    inverses = _diagonal_inverses(factor, step) if choose is not None and step <= LEAF else None
+    inverses = _diagonal_inverses(unit, step).unbind() if choose is not None and step <= LEAF else None
 
     def visit(start: int, stop: int, known: bool) -> None:
         here, width = slice(start, stop), stop - start
         if choose is not None and not known and width <= step:
             # the weights as they are while no column from here on has an error: Δ R = 0 there
-            if inverses is not None and width == step:
-                own = inverses[start // step]
-            else:
-                own = torch.linalg.solve_triangular(factor[here, here], torch.eye(width).to(factor), upper=True)
-            scores = torch.addmm(result[here], own.T, change[here]).mul_(scale[here]).square_()
+            own = inverses[start // step] if inverses is not None and width == step else _inverse(unit[here, here])
+            scores = torch.addmm(change[here], own, passed[here], alpha=-1).mul_(scale[here]).square_()
             kept[here] = choose(scores.T, start).T
             known = True
         if known and width <= LEAF:
             finish(here)
             return
-        unit = LEAF if known else step
-        middle = start + (width // unit + 1) // 2 * unit
+        size = LEAF if known else step
+        middle = start + (width // size + 1) // 2 * size
         visit(start, middle, known)
-        # A of the second half += Δ of the first half times R
-        change[middle:stop].addmm_(factor[start:middle, middle:stop].T, change[start:middle])
+        passed[middle:stop].addmm_(unit[middle:stop, start:middle], change[start:middle], alpha=-1)
         visit(middle, stop, known)
 
     def finish(here: slice) -> None:
-        # from here on in terms of w_j = w₀_j − passed_j
-        passed = change[here] / -scale[here]
-        inner = (factor[here, here].T / -scale[here]).contiguous()
-        done, rates = change[here], inner.unbind()
-        parts = zip(kept[here].unbind(), result[here].unbind(), passed.unbind(), done.unbind(), strict=True)
-        for place, (stays, dense, proposed, final) in enumerate(parts):
+        done, rates = change[here], unit[here, here].unbind()
+        for place, (stays, own, before) in enumerate(
+            zip(kept[here].unbind(), done.unbind(), passed[here].unbind(), strict=True)
+        ):
             if place:
-                proposed.addmv_(done[:place].T, rates[place][:place])
-            if quantize is None:
+                before.addmv_(done[:place].T, rates[place][:place], alpha=-1)
+            if values is None or quantize is None:
                 # a kept weight changes by what was passed on, a removed one by all of itself
-                torch.where(stays, proposed, dense, out=final)
+                torch.where(stays, before, own, out=own)
             else:
-                current = dense - proposed
-                value = torch.where(stays, quantize(current, here.start + place), 0)
-                torch.sub(dense, value, out=final)
-                torch.sub(current, value, out=proposed)
-                dense.copy_(value)
-        if quantize is None:
-            current = result[here].sub_(passed)
-            passed = current.masked_fill(kept[here], 0)
-            current.sub_(passed)
-        loss.add_(passed.mul_(scale[here]).square_().sum(0), alpha=0.5)
+                value = torch.where(stays, quantize(own - before, here.start + place), 0)
+                values[here.start + place] = value
+                own.sub_(value)
 
     visit(0, columns, choose is None)
-    return Swept(result.T.contiguous(), kept.T.contiguous(), loss)
+    if values is None:
+        values = torch.sub(weight.T, change)
+        values[hessian.dead] = 0
+    loss = change.sub_(passed).mul_(scale).square_().sum(0).mul_(0.5)
+    return Swept(values.T.contiguous(), kept.T.contiguous(), loss)
 
 
-def _diagonal_inverses(factor: Tensor, step: int) -> Tensor:
-    """(d // step, step, step) the inverses of the upper triangular blocks on the diagonal of (d, d) `factor`."""
-    count = len(factor) // step
-    blocks = factor.contiguous().as_strided((count, step, step), (step * (len(factor) + 1), len(factor), 1))
-    return torch.linalg.solve_triangular(blocks, torch.eye(step).to(factor).expand_as(blocks), upper=True)
+def _inverse(lower: Tensor) -> Tensor:
+    """The inverse of (…, n, n) lower triangular matrices with ones on the diagonal."""
+    identity = torch.eye(lower.shape[-1]).to(lower).expand_as(lower)
+    return torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
+
+
+def _diagonal_inverses(lower: Tensor, step: int) -> Tensor:
+    """(d // step, step, step) the inverses of the blocks on the diagonal of (d, d) `lower`, as `_inverse` takes them."""
+    count = len(lower) // step
+    return _inverse(lower.as_strided((count, step, step), (step * (len(lower) + 1), len(lower), 1)))

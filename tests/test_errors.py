@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from command import Told, compress, secateur, snapshot
+from secateur.errors import RequestError
+from secateur.network.heterogeneous import BlockShape
 from secateur.registry import methods
+from test_heterogeneous import write
 
 Make = Callable[..., Path]
 
@@ -293,6 +296,35 @@ def test_a_later_step_is_looked_at_before_the_first_runs(
     """The second step alone could be done; after the first it leaves no neuron."""
     (tmp_path / "recipe.yaml").write_text("steps: [random_units: {ratio: 0.9}, random_units: {ratio: 0.97}]")
     assert "0.97" in refused(model("llama"), "--recipe", tmp_path / "recipe.yaml", method=None)
+
+
+@pytest.mark.parametrize("later", ["layer_drop: {metric: reverse, remove: 1}", "vocabulary: {by: script}"])
+def test_blocks_and_tokens_go_before_blocks_are_made_to_differ(
+    later: str, refused: Callable[..., str], model: Make, tmp_path: Path
+) -> None:
+    first = "wanda_units: {ratio: 0.3, multiple_of: 1, allocation: flap_search}"
+    calibration = "calibration: {data: self, samples: 2, length: 8}"
+    (tmp_path / "recipe.yaml").write_text(f"steps: [{first}, {later}]\n{calibration}")
+    name = later.partition(":")[0]
+    assert f"put {name} first" in refused(model("llama"), "--recipe", tmp_path / "recipe.yaml", method=None)
+    write(model("llama"), tmp_path / "cut", {0: BlockShape(units=96)})
+    (tmp_path / "recipe.yaml").write_text(f"steps: [{later}]")
+    assert f"{name} " in refused(tmp_path / "cut", "--recipe", tmp_path / "recipe.yaml", method=None)
+
+
+def test_what_earlier_steps_made_is_kept_when_a_later_one_is_refused(
+    model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("steps: [random_units: {ratio: 0.3}, magnitude: {pattern: 0.5}]")
+
+    def refuse(*_: object) -> None:
+        raise RequestError("that cannot be done.")
+
+    monkeypatch.setattr("secateur.weight_stage.WeightStage._prepare", refuse, raising=False)
+    told = secateur("compress", model("llama"), "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "out")
+    kept = tmp_path / "out" / ".secateur" / "model-0"
+    assert told.code == 1 and "step 1 (magnitude)" in told.err and "model-0" in told.err
+    assert (kept / "config.json").is_file() and list(kept.glob("*.safetensors"))
 
 
 def test_other_options(refused: Callable[..., str], model: Make, tmp_path: Path) -> None:

@@ -352,6 +352,14 @@ def test_padded_is_plain_and_equal(name: str, gaps: bool, uneven: Callable, shar
     assert not down[:, kept:].any() and down[:, :kept].any()
 
 
+def test_padded_fills_a_part_that_alone_is_missing(model: Make, shared_clean: None, tmp_path: Path) -> None:
+    write(model("llama_tied"), tmp_path / "cut", {1: BlockShape(skip=("feed_forward",))})
+    export(tmp_path / "cut", "padded", tmp_path / "wide")
+    raw = json.loads((tmp_path / "wide" / "config.json").read_text())
+    assert raw["intermediate_size"] == tiny.UNITS and "per_layer_config" not in raw
+    assert not load_file(tmp_path / "wide" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].any()
+
+
 @onnx
 @pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.every), "gpt2"])
 def test_onnxruntime_computes_what_transformers_does(name: str, model: Make, tmp_path: Path) -> None:

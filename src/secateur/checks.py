@@ -9,7 +9,7 @@ from secateur.network.channels import channels_config, find_channels
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.head_dims import check_head_dims
 from secateur.network.heterogeneous import BlockShape, heterogeneous_config
-from secateur.network.modelling_file import BLOCK, FEED_FORWARD, frame, is_turned, nothings
+from secateur.network.modelling_file import BLOCK, FEED_FORWARD, frame, is_heterogeneous, is_turned, nothings
 from secateur.network.rotation import find_roles, untied_config
 from secateur.network.source import Source
 from secateur.network.store import raw_config, resized_config
@@ -58,6 +58,8 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
             raise no_scores(step, chooser)
         if step.registered.scope == "blocks":
             _check_bases(source, steps[:number], step)
+            if step.parameters["part"] == BLOCK:
+                _check_alike(source, step, uneven, "removes whole blocks")
             count = _check_blocks(source, step, count, fewer_parts)
             uneven = uneven or (step if step.parameters["part"] != BLOCK else None)
             # which blocks go is not known yet; mostly they are alike, and only how many are left matters here
@@ -65,6 +67,7 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
             continue
         if step.registered.scope == "vocabulary":
             other_vocabulary = True
+            _check_alike(source, step, uneven, "leaves fewer tokens")
             token_rows(source)
             if source.tensors or source.live is not None:  # what is converted first brings its tokenizer then
                 open_vocabulary(source)
@@ -166,6 +169,20 @@ def _check_order(before: Sequence[Step], step: Step, uneven: Step | None) -> Non
                     f"{step.method} cuts {lost[0]} of every block, but {earlier.method} before it removes the "
                     f"{part.replace('_', '-')} of some; put the step that cuts {lost[0]} first."
                 )
+
+
+def _check_alike(source: Source, step: Step, uneven: Step | None, what: str) -> None:
+    """Raises RequestError where blocks differ, or will by then: their configuration says each one's widths by itself."""
+    if uneven is not None:
+        raise RequestError(
+            f"{step.method} {what}, but {uneven.method} before it leaves blocks that differ, and that cannot be done to such "
+            f"yet; put {step.method} first."
+        )
+    if is_heterogeneous(raw_config(source)):
+        raise RequestError(
+            f"{step.method} {what}, but the blocks of {source.spec} differ, and that cannot be done to such yet; do it to the "
+            "model that this one was made from, before its blocks are made to differ."
+        )
 
 
 def _for_all(source: Source, axis: Axis, units: Mapping[int, int]) -> dict[int, int]:

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,10 @@ def loads(model: str | Path, trust_remote_code: bool = False, tokens: int = 8) -
     rows = []
     if code and (trust_remote_code or is_ours(place.directory)):
         reference = try_loader("transformers", place.directory, trust=True, **ask)
-        rows = [_row("transformers, trust_remote_code", reference, reference.logits)]
+        rows = [_reference("transformers, trust_remote_code", reference)]
     elif code:
         rows = [Row("transformers, trust_remote_code", note="brings code, which runs only with --trust-remote-code")]
-    yield _row("transformers", plain, reference.logits)
+    yield _reference("transformers", plain) if plain is reference else _row("transformers", plain, reference.logits)
     yield from rows
     yield _row("safetensors", try_loader("safetensors", place.directory, **ask), None)
     yield _row(
@@ -107,7 +107,7 @@ def _of_a_file(file: Path, tokens: int) -> Iterator[Row]:
     source = open_model(str(file))
     ids = prompt(source.anatomy.vocabulary)
     reference = try_loader("transformers", file, ids, tokens=tokens)
-    yield _row("transformers", reference, reference.logits)
+    yield _reference("transformers", reference)
     yield _row("gguf", try_loader("gguf", file, ids), None)
     yield _row("llama.cpp", try_loader("llama.cpp", file, ids, tokens=tokens), reference.logits)
     yield from _servers(file, ids)
@@ -133,6 +133,11 @@ def _servers(location: Path, ids: list[int]) -> Iterator[Row]:
     for loader, (_, use) in LOADERS.items():
         if use is None:
             yield _row(loader, try_loader(loader, location, ids), None)
+
+
+def _reference(loader: str, tried: Tried) -> Row:
+    row = _row(loader, tried, None)
+    return replace(row, note="what the logits of others are compared with") if row.loads else row
 
 
 def _row(loader: str, tried: Tried, reference: Tensor | None) -> Row:

@@ -289,8 +289,18 @@ class Run:
             begun = time.time()
             last = index == len(self.recipe.steps) - 1
             target = self.output if last else workspace.state / f"model-{index}"
-            stage = self._stage(source, index, target, workspace.state)
-            stage.run()
+            try:
+                stage = self._stage(source, index, target, workspace.state)
+                stage.run()
+            except RequestError as error:
+                if not stages:
+                    raise
+                # only what the steps before left shows that this one cannot be done; their work is not to be lost
+                before = workspace.state / f"model-{index - 1}"
+                raise RunError(
+                    f"step {index} ({step.method}) cannot follow those before it: {error} What they made is kept in {before}: "
+                    "compress that further, or change the recipe and start over with --restart."
+                ) from error
             stages.append(stage)
             timings[f"step {index}: {step.method}"] = time.time() - begun
             if not last:

@@ -33,6 +33,7 @@ from secateur.network.store import (
     write_index,
 )
 from secateur.network.verify import stored, verify
+from secateur.units import WORDS
 
 _SHARD = 2 * 10**9
 # above it the result is streamed for its check instead of loaded at once
@@ -74,6 +75,7 @@ def to_padded(source: Source, output: Path, dtype: str | None = None) -> Exporte
             )
         sizes["heads"] = heads  # with all their queries
         widest.pop("queries", None)
+        sizes = {axis: widths for axis, widths in sizes.items() if widths}
         wanted = {axis: dict.fromkeys(sizes[axis], width) for axis, width in widest.items()}
         config = resized_config(whole, wanted, plain=True) if wanted != sizes else _common(raw_config(whole))
         wide = _built(source, config)
@@ -99,8 +101,8 @@ def to_padded(source: Source, output: Path, dtype: str | None = None) -> Exporte
 
 
 def _said(widest: Mapping[Any, int]) -> str:
-    names = {"neurons": "feed-forward neurons", "heads": "groups of attention heads"}
-    return " and ".join(f"{width} {names.get(axis, axis)}" for axis, width in widest.items())
+    names = {**WORDS, "heads": "groups of attention heads"}
+    return " and ".join(f"{width} {names[axis]}" for axis, width in widest.items())
 
 
 def _common(raw: Mapping[str, Any]) -> dict[str, Any]:

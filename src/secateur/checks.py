@@ -175,12 +175,12 @@ def _check_alike(source: Source, step: Step, uneven: Step | None, what: str) -> 
     """Raises RequestError where blocks differ, or will by then: their configuration says each one's widths by itself."""
     if uneven is not None:
         raise RequestError(
-            f"{step.method} {what}, but {uneven.method} before it leaves blocks that differ, and that cannot be done to such "
+            f"{step.method} {what}, but {uneven.method} before it leaves blocks that differ, to which that cannot be done "
             f"yet; put {step.method} first."
         )
     if is_heterogeneous(raw_config(source)):
         raise RequestError(
-            f"{step.method} {what}, but the blocks of {source.spec} differ, and that cannot be done to such yet; do it to the "
+            f"{step.method} {what}, but the blocks of {source.spec} differ, to which that cannot be done yet; do it to the "
             "model that this one was made from, before its blocks are made to differ."
         )
 

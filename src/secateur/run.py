@@ -284,7 +284,7 @@ class Run:
 
     def _steps(self, source: Source, workspace: Workspace, timings: dict[str, float]) -> list[Stage]:
         """Runs every step; each but the last writes a whole model into the state, which the next one opens."""
-        stages = []
+        stages: list[Stage] = []
         for index, step in enumerate(self.recipe.steps):
             begun = time.time()
             last = index == len(self.recipe.steps) - 1
@@ -298,8 +298,8 @@ class Run:
                 # only what the steps before left shows that this one cannot be done; their work is not to be lost
                 before = workspace.state / f"model-{index - 1}"
                 raise RunError(
-                    f"step {index} ({step.method}) cannot follow those before it: {error} What they made is kept in {before}: "
-                    "compress that further, or change the recipe and start over with --restart."
+                    f"step {index} ({step.method}) cannot follow those before it: {error} What they made is kept in "
+                    f"{before}: compress that further, or change the recipe and start over with --restart."
                 ) from error
             stages.append(stage)
             timings[f"step {index}: {step.method}"] = time.time() - begun

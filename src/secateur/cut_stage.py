@@ -65,8 +65,8 @@ class CutStage(Stage):
     @contextmanager
     def reference(self) -> Iterator[None]:
         with ExitStack() as stack:
-            if self.cuts.bases is not None:
-                stack.enter_context(self.cuts.turned())
+            if self.cuts.turning is not None:
+                stack.enter_context(self.cuts.turning.reference())
             elif self.cuts.channels is not None:
                 stack.enter_context(norms_over(self.source.skeleton, self.cuts.where, self.cuts.channels))
             stack.enter_context(self.cuts.reference())
@@ -74,7 +74,7 @@ class CutStage(Stage):
 
     def expected(self) -> Fetch:
         fetch = self.cuts.silenced()
-        if self.cuts.bases is not None:  # rounded as it is written, and turned back: it would be rounded twice
+        if self.cuts.turning is not None:  # rounded as it is written, and turned back: it would be rounded twice
             return fetch
         rounded = self.cuts.rounded
         return lambda names: {
@@ -86,7 +86,7 @@ class CutStage(Stage):
         self._decide_all()
         budget = self._budget()  # before the module that its source shows has other shapes
         cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
-        if self.cuts.bases is not None:
+        if self.cuts.turning is not None:
             raise RequestError(f"{self.step.method} does not rotate live modules; give a directory and an output.")
         if self.cuts.channels is not None:
             self._narrow(module, cuts)

@@ -20,6 +20,7 @@ from secateur.targets import check_targets
 from secateur.unit_allocation import chooser_of, divider, no_scores
 from secateur.unit_budgets import measure_of, sets_of
 from secateur.units import (
+    Left,
     Sizes,
     asked_axes,
     cuts_channels,
@@ -31,12 +32,12 @@ from secateur.units import (
 )
 
 
-def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Sizes:
+def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Left:
     """Raises RequestError when these steps cannot be done to this model; nothing is read or written for that.
 
     saved: the result is to be written, so its configuration must be able to say the widths.
 
-    Returns: how many units of each kind are left after the last step, as far as steps have a `ratio` to tell it by.
+    Returns: what is left after the last step.
     """
     network = source.anatomy
     if saved and network.head is None:
@@ -106,7 +107,8 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
                 source, {axis: _for_all(source, axis, units) for axis, units in told.items() if axis != "head_dims"}
             )
             if cuts_channels(step):
-                channels, kept = find_channels(source), planned_channels(source, step, left_channels)
+                channels = find_channels(source)
+                kept = planned_channels(source, step, channels, raw, left_channels)
                 left_channels = kept or left_channels
                 if rotates(step) and source.tensors and find_roles(source, channels).untied:
                     raw = untied_config(source, raw)
@@ -117,7 +119,7 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
                     raw = heterogeneous_config(source, raw, every)
             if dims := told.get("head_dims"):
                 check_head_dims(source, raw, next(iter(dims.values())), own="head_dims" in present)
-    return sizes
+    return Left(sizes, left_channels)
 
 
 def _check_bases(source: Source, before: Sequence[Step], step: Step) -> None:

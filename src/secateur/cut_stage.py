@@ -22,9 +22,10 @@ from secateur.network.stream import Fetch, streamed_logits
 from secateur.network.surgery import adopt_buffers, adopt_numbers, cut_module
 from secateur.network.verify import prompt
 from secateur.network.views import Cut
+from secateur.network.widths import round_width
 from secateur.stage import Stage
 from secateur.unit_budgets import asked_for, reached, tokens_counted
-from secateur.units import asked_axes
+from secateur.units import asked_axes, asked_channels
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,12 @@ class CutStage(Stage):
     def decided(self) -> dict[str, Any]:
         channels, of = self.cuts.width, self.source.anatomy.hidden
         told = {"units": self.cuts.decided(), "budget": self._budget()}
-        return told | ({} if channels is None else {"channels": {"kept": channels, "of": of}})
+        if channels is None:
+            return told
+        asked, entry = asked_channels(self.step), {"kept": channels, "of": of}
+        if asked is not None and (wanted := round_width(of, *asked)) != channels:
+            entry["asked"] = wanted
+        return told | {"channels": entry}
 
     def _budget(self) -> dict[str, Any]:
         found = reached(self.source, self.cuts.sizes())

@@ -43,7 +43,7 @@ from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
 from secateur.unit_allocation import divider
 from secateur.unit_budgets import Measure, asked_for, counted, tokens_counted
-from secateur.units import Sizes, asked_axes, output_matrices, planned_channels, rotates, turns
+from secateur.units import Left, Sizes, asked_axes, output_matrices, rotates, turns
 from secateur.vocabulary_stage import VocabularyStage
 
 SHARD_BYTES = 256 * 10**6
@@ -63,10 +63,10 @@ def dry_run(
     """What `compress` would cut, write and need: plain data. Reads headers, and one block's weights to time the method."""
     plan, spec = request(model, None, None, recipe, seed, dtype)
     run = Run(spec, plan, Path(output), device, 0, trust_remote_code, True, SHARD_BYTES, silent, None)
-    source, _, _, sizes = run.look(restart)
+    source, _, _, remaining = run.look(restart)
     wanted = getattr(torch, plan.dtype) if plan.dtype else None
     rows = rows_removed(source, plan, device)
-    said = _needs(source, sizes or {}, Path(output), wanted, plan, rows)
+    said = _needs(source, remaining or Left(), Path(output), wanted, plan, rows)
     place = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
     said["disk_free"] = shutil.disk_usage(place).free
     if not source.tensors:
@@ -107,7 +107,7 @@ def foretold(source: Source, plan: Recipe, rows: int) -> dict[str, Any]:
 
 def _needs(
     original: Source,
-    sizes: Sizes,
+    remaining: Left,
     output: Path,
     dtype: torch.dtype | None,
     plan: Recipe,
@@ -118,7 +118,7 @@ def _needs(
 
     rows: how many tokens go.
     """
-    steps = plan.steps
+    steps, sizes = plan.steps, remaining.sizes
     cut = {
         axis: {
             index: (kept, group)
@@ -164,17 +164,13 @@ def _needs(
                 parameter = original.skeleton.get_parameter(part.parameter)
                 fewer = parameter.numel() // parameter.shape[part.dim] * (group.count - kept) * part.width
                 removed[part.parameter] = removed.get(part.parameter, 0) + fewer
-    left_channels: list[int] = []
-    for step in steps:
-        if (width := planned_channels(original, step, next(reversed(left_channels), None))) is not None:
-            left_channels.append(width)
-    if left_channels:
-        _remove_channels(original, left_channels[-1], removed)
+    if channels := remaining.channels:
+        _remove_channels(original, channels, removed)
         if any(rotates(step) for step in steps) and (head := _untied(original)):
-            removed[head] = -left_channels[-1] * original.anatomy.vocabulary  # it gets a matrix of its own
+            removed[head] = -channels * original.anatomy.vocabulary  # it gets a matrix of its own
         if any(turns(step) for step in steps):  # two matrices more in each block
             for block in original.anatomy.blocks[:left]:
-                removed[block.parameters[0]] = removed.get(block.parameters[0], 0) - 2 * left_channels[-1] ** 2
+                removed[block.parameters[0]] = removed.get(block.parameters[0], 0) - 2 * channels**2
     total = original.anatomy.parameters
     if original.tensors:
 
@@ -206,7 +202,7 @@ def _needs(
         "blocks": {"kept": left, "of": count} if left < count else None,
         "parts": parts,
         "vocabulary": {"kept": original.anatomy.vocabulary - rows, "of": original.anatomy.vocabulary} if rows else None,
-        "channels": {"kept": left_channels[-1], "of": original.anatomy.hidden} if left_channels else None,
+        "channels": {"kept": channels, "of": original.anatomy.hidden} if channels else None,
         "units": {
             axis: {str(block): {"kept": kept, "of": group.count} for block, (kept, group) in units.items()}
             for axis, units in cut.items()
@@ -217,7 +213,7 @@ def _needs(
             if "axis" in step.parameters and (asked := asked_for(step))
         ],
         # every matrix is smaller where channels go, which widths of units do not tell
-        "multiply_adds": _multiply_adds(original, sizes, left) if not rows and not left_channels else None,
+        "multiply_adds": _multiply_adds(original, sizes, left) if not rows and not channels else None,
         "zeros": [{"removed": each.removed, "of": each.of, "matrices": each.matrices} for each in pruning],
         "bytes_written": written,
         "disk_needed": written + extra,

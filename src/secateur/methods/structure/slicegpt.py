@@ -29,7 +29,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from secateur.network.widths import round_width
 from secateur.registry import Context, Network, Plan, Ratio, SlicedStream, StreamMoment, Units, method
 from secateur.tensor.directions import principal_directions, random_directions
 
@@ -67,9 +66,10 @@ def slicegpt(
         rotation: each, the published method: a basis in front of each attention and each feed-forward, with matrices beside
             them (needs a file of code); or one basis for the whole network, without (an ordinary model).
         basis: pca, or the same random one everywhere to see what the principal components are worth.
-        multiple_of: directions kept are rounded to the nearest multiple of this where the ratio allows it.
+        multiple_of: directions kept are rounded to the nearest multiple of this where the ratio allows it, and to what the
+            configuration can say.
     """
-    keep = round_width(network.hidden, ratio, multiple_of)
+    keep = network.channels(ratio, multiple_of)
 
     def kept(seen: StreamMoment) -> Tensor:
         if basis == "pca":

@@ -20,9 +20,11 @@ from secateur.network.channels import (
     find_channels,
     silence_channels,
     stored_channels,
+    turned_channels,
 )
 from secateur.network.checkpoint import stored_buffers
 from secateur.network.head_dims import NarrowHeads
+from secateur.network.modelling_file import places_of
 from secateur.network.routing import unchosen
 from secateur.network.source import Source
 from secateur.network.store import resized_config, stored_dtype
@@ -71,7 +73,7 @@ class Cuts:
 
     def bases_of(self, places: int | None = None) -> Bases:
         """Where a method leaves the directions that stay: one basis for each place of the stream, or for so many."""
-        every = 2 * len(self._source.anatomy.blocks) + 1
+        every = places_of(self._source.anatomy)
         return Bases(self._folder / "bases", self._source.anatomy.hidden, places or every)
 
     @cached_property
@@ -85,7 +87,8 @@ class Cuts:
         found = next((bases for bases in (self.bases_of(), self.bases_of(1)) if bases.complete), None)
         if found is None:
             return None
-        return Turning(self._source, found, self.where, self._method, self._dtype, self._resized)
+        where = turned_channels(self._source) if found.differ else self.where
+        return Turning(self._source, found, where, self._method, self._dtype, self._resized)
 
     @property
     def width(self) -> int | None:

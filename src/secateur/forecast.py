@@ -27,13 +27,14 @@ from secateur.checks import check_steps
 from secateur.context import silent
 from secateur.evaluation.divergent import LOGITS
 from secateur.network.blocks import lacking
-from secateur.network.channels import find_channels
+from secateur.network.channels import find_channels, turned_channels
 from secateur.network.depth import blocks_to_remove
 from secateur.network.matrices import MatrixRef
-from secateur.network.modelling_file import BLOCK, part_parameters
+from secateur.network.modelling_file import BLOCK, part_parameters, passed_parts, places_of
 from secateur.network.source import Source, conversion_dtype
 from secateur.network.store import each_alone, group_left, stored_dtype
 from secateur.network.stream import pieces
+from secateur.network.stream_roles import find_roles
 from secateur.network.vocabulary import token_rows
 from secateur.recipe import Recipe, Step
 from secateur.registry import ErrorCurves
@@ -165,12 +166,14 @@ def _needs(
                 fewer = parameter.numel() // parameter.shape[part.dim] * (group.count - kept) * part.width
                 removed[part.parameter] = removed.get(part.parameter, 0) + fewer
     if channels := remaining.channels:
-        _remove_channels(original, channels, removed)
+        turned = any(turns(step) for step in steps)
+        _remove_channels(original, channels, removed, turned)
         if any(rotates(step) for step in steps) and (head := _untied(original)):
-            removed[head] = -channels * original.anatomy.vocabulary  # it gets a matrix of its own
-        if any(turns(step) for step in steps):  # two matrices more in each block
+            removed[head] = removed.get(head, 0) - channels * original.anatomy.vocabulary  # it gets a matrix of its own
+        if turned:  # a matrix more beside each part
             for block in original.anatomy.blocks[:left]:
-                removed[block.parameters[0]] = removed.get(block.parameters[0], 0) - 2 * channels**2
+                more = len(passed_parts(block)) * channels**2
+                removed[block.parameters[0]] = removed.get(block.parameters[0], 0) - more
     total = original.anatomy.parameters
     if original.tensors:
 
@@ -233,14 +236,26 @@ def _untied(source: Source) -> str | None:
     return next((group[-1] for group in source.anatomy.tied if source.anatomy.head in group), None)
 
 
-def _remove_channels(source: Source, kept: int, removed: dict[str, int]) -> None:
-    """Adds what goes with channels to what goes with units, by parameter."""
+def _remove_channels(source: Source, kept: int, removed: dict[str, int], turned: bool) -> None:
+    """Adds what goes with channels to what goes with units, by parameter.
+
+    turned: whether the stream is turned from place to place; biases of norms then go into those of the matrices behind them.
+    """
     again = {name for group in source.anatomy.tied for name in group[1:]}
-    for name, dims in find_channels(source).dims.items():
+    roles = find_roles(source.skeleton, source.anatomy, source.spec) if turned else None
+    for name, dims in (turned_channels if turned else find_channels)(source).dims.items():
         if name not in again:
             whole = source.skeleton.get_parameter(name).numel()
             left = whole - removed.get(name, 0)
             removed[name] = whole - left * kept ** len(dims) // source.anatomy.hidden ** len(dims)
+    if roles is None:
+        return
+    for bias, reader in roles.behind.items():
+        if bias not in roles.own:
+            rows = source.skeleton.get_parameter(reader).numel() // source.anatomy.hidden
+            removed[reader] = removed.get(reader, 0) - rows
+    for name in roles.norm_biases:
+        removed[name] = source.skeleton.get_parameter(name).numel()
 
 
 def rows_removed(source: Source, plan: Recipe, device: str) -> int:
@@ -290,7 +305,7 @@ def _flow_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, i
         disk = 2 * copies * tokens * network.hidden * getattr(torch, wishes.dtype).itemsize
         memory = 4 * ACTIVATION_BYTES
     if SlicedStream in asked:  # float64: a basis for each place in files, and what one place needs to be decided
-        disk += 8 * (2 * len(network.blocks) + 1) * network.hidden**2
+        disk += 8 * places_of(network) * network.hidden**2
         memory += 8 * 8 * network.hidden**2
     if BlockGradients in asked:
         memory = 2 * 4 * network.parameters

@@ -18,12 +18,13 @@ from secateur.errors import RequestError
 from secateur.network.anatomy import Anatomy
 from secateur.network.examine import anatomy
 from secateur.network.modelling_file import is_turned
+from secateur.network.norms import centres
 from secateur.network.parts import Part
 from secateur.network.probe import norm_roles
 from secateur.network.source import Source
 from secateur.network.store import Entry, build, config_entries, raw_config, set_entry
 from secateur.network.stream import observe
-from secateur.network.trace import clone
+from secateur.network.stream_roles import find_roles
 from secateur.network.widths import round_width
 
 
@@ -83,6 +84,19 @@ def find_channels(source: Source) -> Channels:
         f"the configuration of {type(source.skeleton).__name__} cannot say fewer channels with attention heads of the same "
         f"size, so {source.spec} with fewer could not be opened again; choose other axes."
     )
+
+
+def turned_channels(source: Source) -> Channels:
+    """Where the channels lie, for a stream that is turned from place to place: where the configuration cannot say fewer, the
+    file of code that such a network brings does, and there are no `entries`. Raises RequestError where it cannot be turned.
+    """
+    if is_turned(source.anatomy):
+        return find_channels(source)  # which says why not
+    roles = find_roles(source.skeleton, source.anatomy, source.spec)
+    try:
+        return find_channels(source)
+    except RequestError:
+        return Channels(source.anatomy.hidden, (), {}, roles.dims, tuple(roles.norms))
 
 
 def channels_config(source: Source, channels: Channels, raw: Mapping[str, Any], kept: int) -> dict[str, Any]:
@@ -148,6 +162,8 @@ def _outward(width: int, of: int) -> list[int]:
 
 def _sayer(source: Source, channels: Channels, raw: Mapping[str, Any]) -> Callable[[int], bool]:
     """Tells whether a network of so many channels can be built, and differs from what `raw` gives in nothing else."""
+    if not channels.entries:  # a file of code says it
+        return lambda count: True
     whole = build(source, raw)
     assert whole is not None, "what is to be narrowed could be built"
     shapes = _shapes(whole)
@@ -271,14 +287,6 @@ def norms_over(model: nn.Module, channels: Channels, kept: Tensor) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
-
-
-def centres(module: nn.Module, width: int) -> bool:
-    """Whether a norm subtracts the mean: its output does not change when every channel grows by the same number."""
-    twin = clone(module, lambda tensor: torch.ones(tensor.shape), lambda buffer: buffer)
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return bool((twin(x + 1) - twin(x)).abs().max() < 1e-3)
 
 
 def _candidates(source: Source, raw: Mapping[str, Any]) -> Iterator[Channels]:

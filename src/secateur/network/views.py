@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.errors import RequestError
 from secateur.network.anatomy import AXES, NEURON_AXES, Axis, CutAxis, FeedForward, Group, Slice
 from secateur.network.bases import Bases
-from secateur.network.channels import find_channels, nearest_channels, sayable_channels
+from secateur.network.channels import find_channels, nearest_channels, sayable_channels, turned_channels
 from secateur.network.shapes import Shapes
 from secateur.network.source import Source
 from secateur.network.store import resized_config
@@ -298,13 +298,19 @@ class Network(Sequence[UnitsT]):
         """Counts the parameters of the network with other widths. Raises RequestError where `channels` cannot be cut."""
         return Shapes(self._source, find_channels(self._source) if channels else None)
 
-    def channels(self, ratio: float, multiple_of: int, keep: Mapping[CutAxis, int] | None = None) -> int:
+    def channels(
+        self, ratio: float, multiple_of: int, keep: Mapping[CutAxis, int] | None = None, turned: bool = False
+    ) -> int:
         """How many channels stay where a fraction of them goes: see `nearest_channels`.
 
-        keep: how many units of other kinds every block is left with. Raises RequestError where channels cannot be cut.
+        Args:
+            keep: how many units of other kinds every block is left with.
+            turned: whether the stream is to be turned from place to place.
+
+        Raises RequestError where channels cannot be cut.
         """
-        raw = self._resized(keep or {})
-        return nearest_channels(self._source, find_channels(self._source), raw, ratio, multiple_of)
+        channels = turned_channels(self._source) if turned else find_channels(self._source)
+        return nearest_channels(self._source, channels, self._resized(keep or {}), ratio, multiple_of)
 
     def can_be(self, keep: Mapping[CutAxis, int]) -> bool:
         """Whether the configuration can say so many units of every block, channels among them."""

@@ -69,7 +69,7 @@ def slicegpt(
         multiple_of: directions kept are rounded to the nearest multiple of this where the ratio allows it, and to what the
             configuration can say.
     """
-    keep = network.channels(ratio, multiple_of)
+    keep = network.channels(ratio, multiple_of, turned=stream is not None)
 
     def kept(seen: StreamMoment) -> Tensor:
         if basis == "pca":

@@ -18,7 +18,7 @@ from secateur.files import write_tensors
 from secateur.network.anatomy import Block
 from secateur.network.bases import Bases, passing
 from secateur.network.modelling_file import ATTENTION, FEED_FORWARD, passed_parts
-from secateur.network.norms import without_mean
+from secateur.network.rotation import stretched
 from secateur.network.source import Source
 from secateur.network.stream import loaded
 from secateur.network.stream_roles import Roles, find_roles
@@ -33,7 +33,8 @@ class SlicedStream(DensePass):
     """The stream on its way through the network, in front of each norm over it; one block in memory.
 
     At each place it is asked which directions stay, and goes on as its part within these alone: through the norm, which
-    divides by all channels, and past the attention or the feed-forward. It goes on from the last place that is decided.
+    divides by all channels as that of the result will, and past the attention or the feed-forward (where both are side by
+    side, past both). It goes on from the last place that is decided.
 
     Args:
         bases: for what is kept.
@@ -158,10 +159,10 @@ class SlicedStream(DensePass):
             basis = self.bases.at(place).to(x)
             return (self._centred(x) @ basis) @ basis.T
 
-        norms = {path: norm for path, norm in self._roles.norms.items() if path.startswith(f"{block.path}.")}
+        # first what reads the stream as it is
         with (
             passing(self.source.skeleton, block, project, lambda _, kept: kept, parts),
-            without_mean(self.source.skeleton, norms),
+            stretched(self.source.skeleton, self._roles, self.bases),
         ):
             yield
 

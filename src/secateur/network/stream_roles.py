@@ -94,9 +94,8 @@ def find_roles(model: nn.Module, network: Anatomy, spec: str) -> Roles:
         for part in filter(None, (layer.gate, layer.up)):
             readers[part.parameter] = (1 - part.dim, before[1], last - 1)
         for name in (*attention.q, *attention.k, *attention.v):
-            outputs = (
-                next(part.dim for part in attention.group.inputs if part.parameter == name) if attention.group else 0
-            )
+            found = attention.group.inputs if attention.group else ()
+            outputs = next((part.dim for part in found if part.parameter == name), 0)
             readers[name] = (1 - outputs, before[0], place)
         written = {layer.down.parameter: (1 - layer.down.dim, last)}
         for name in attention.o:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -372,10 +373,17 @@ def test_a_result_is_compressed_further(sliced: Path, clean: CleanProcess, tmp_p
         assert all(torch.equal(after[name], turned) for name, turned in turns.items())
 
 
-def test_without_its_code_a_result_does_not_load(sliced: Path) -> None:
+def test_without_its_code_a_result_does_not_load(
+    sliced: Path, model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
+) -> None:
     """Plain transformers would leave the matrices out and compute something else."""
-    with pytest.raises((RuntimeError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(sliced)
+    secateur.compress(model("gpt2"), recipe=recipe(ids), output=tmp_path / "out", evaluate=False, clean=clean)
+    for result in (sliced, tmp_path / "out"):
+        with pytest.raises((RuntimeError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(result)
+        kind = getattr(transformers, {sliced: "LlamaForCausalLM"}.get(result, "GPT2LMHeadModel"))
+        with pytest.raises((RuntimeError, ValueError)):
+            kind.from_pretrained(result)
 
 
 def test_matrices_beside_parts_are_counted(

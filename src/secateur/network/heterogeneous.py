@@ -107,7 +107,9 @@ def heterogeneous_config(
     changed, stream = plain_config(raw), stream or raw.get(STREAM)
     if stream:
         wanted = _turned(plain, wanted, stream)
-    if any(said.values()) and not any(set(own) - {*_OURS} for own in said.values()):
+    # a stream of another width than the plain architecture's fits no tensor of it
+    fits = not stream or stream["width"] == plain.anatomy.hidden
+    if fits and any(said.values()) and not any(set(own) - {*_OURS} for own in said.values()):
         changed |= _guard(plain, changed, targets, said)
     for own in said.values():
         # an entry that only blocks know: the width of a head, which is the same everywhere

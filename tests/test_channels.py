@@ -17,7 +17,14 @@ import tiny
 from secateur.cuts import Cuts
 from secateur.files import read_tensors
 from secateur.forecast import dry_run
-from secateur.network.channels import embedding_factor, find_channels, norms_over, stored_channels
+from secateur.network.channels import (
+    channels_config,
+    embedding_factor,
+    find_channels,
+    nearest_channels,
+    norms_over,
+    stored_channels,
+)
 from secateur.network.source import open_model
 from secateur.network.store import raw_config
 from secateur.network.verify import CleanProcess
@@ -173,11 +180,62 @@ def test_what_cannot_be_said_is_refused_before_anything_is_written(
         ("gpt2", {}, "cannot say fewer channels"),
         ("opt", {}, "cannot say fewer channels"),
         ("mamba", {}, "every block is understood"),
-        ("llama", {"ratio": 0.2, "multiple_of": 1}, "cannot say 51 of 64 channels .* could say 52"),
     ):
         with pytest.raises(secateur.RequestError, match=what) as refusal:
             secateur.compress(model(name), recipe=recipe(ids, **given), output=tmp_path / "out")
         assert str(refusal.value).count(". ") <= 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "multiple_of", "kept"),
+    [
+        ("llama", 0.2, 1, 52),  # 51 is not what four heads divide
+        ("llama", 0.23, 1, 48),  # nor is 49, and 48 is nearer than 52
+        ("llama", 0.22, 1, 48),  # int(49.92), as without heads
+        ("llama", 0.2, 10, 60),  # of the multiples around 51.2, 50 cannot be said
+        ("llama", 0.2, 25, 52),  # neither 50 nor 75 can be: 48 and 52 are as near to 50
+        ("llama", 0.2, 16, 48),
+        ("llama", 0.01, 1, 60),  # something goes where something was to go
+        ("llama", 0.0, 7, 64),
+        ("qwen3", 0.2, 1, 51),  # heads have a size of their own, so that any number can be said
+    ],
+)
+def test_the_nearest_number_that_the_configuration_can_say(
+    name: str, ratio: float, multiple_of: int, kept: int
+) -> None:
+    source = open_model(tiny.make(name))
+    raw, channels = raw_config(source), find_channels(source)
+    assert nearest_channels(source, channels, raw, ratio, multiple_of) == kept
+    assert kept == tiny.HIDDEN or channels_config(source, channels, raw, kept)["hidden_size"] == kept
+
+
+def test_an_exact_number_that_cannot_be_said_is_refused() -> None:
+    source = open_model(tiny.make("llama"))
+    with pytest.raises(secateur.RequestError, match="cannot say 51 of 64 channels .* could say 52"):
+        channels_config(source, find_channels(source), raw_config(source), 51)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"minitron": {"axis": ["channels", "heads"], "ratio": 0.2, "ratios": {"heads": 0.5}, "multiple_of": 1}},
+        pytest.param(
+            {"magnitude_units": {"axis": "channels", "ratio": 0.2, "multiple_of": 1}}, marks=pytest.mark.every
+        ),
+        pytest.param({"slicegpt": {"ratio": 0.2, "multiple_of": 1}}, marks=pytest.mark.every),
+    ],
+)
+def test_a_number_that_cannot_be_said_is_replaced_by_the_nearest(
+    step: dict[str, Any], model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
+) -> None:
+    """The dry run, the run and its receipt agree on it, and say what was asked for."""
+    said = secateur.Recipe.parse({"steps": [step], "calibration": {"data": str(ids), "samples": 6, "length": 16}})
+    told = dry_run(model("llama"), recipe=said, output=tmp_path / "out")
+    done = secateur.compress(model("llama"), recipe=said, output=tmp_path / "out", evaluate=False, clean=clean).receipt
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert told["channels"] == {"kept": 52, "of": 64} and config["hidden_size"] == 52
+    assert done["decisions"][0]["channels"] == {"kept": 52, "of": 64, "asked": 51}
+    assert any("52 of 64, 18.8% removed (asked for 51" in line for line in summary(done))
 
 
 def test_a_mistake_in_cutting_is_found_by_the_reload_check(

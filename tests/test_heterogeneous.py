@@ -31,7 +31,10 @@ from secateur.network.views import Cut
 
 ARCHITECTURES = ("llama", "llama_tied", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt2", "gpt_neox")
 # Not cut but turned: its stream has another basis in front of every norm, and matrices beside its parts.
-TURNED = "turned llama"
+# Of gpt2 and gpt_neox it is wider than any configuration can say with their heads, its norms are others, and what had no
+# bias has one; attention and feed-forward of gpt_neox stand side by side.
+TURNED = {"turned llama": "llama_tied", "turned gpt2": "gpt2", "turned gpt_neox": "gpt_neox"}
+LLAMA = "turned llama"
 # Their attention is as wide as the residual stream, so fewer heads would be wider ones.
 FIXED_HEADS = ("opt", "gpt2", "gpt_neox")
 FEWER_HEADS = BlockShape(heads=2, kv_heads=1)
@@ -144,7 +147,7 @@ def turned(source: Path, folder: Path, clean: CleanProcess, **options: Any) -> P
     recipe = secateur.Recipe.parse({"steps": [{"slicegpt": {"ratio": 0}}], "calibration": calibration})
     secateur.compress(source, recipe=recipe, output=folder / "out", evaluate=False, clean=clean, **options)
     matrices = [p for name, p in load(folder / "out").named_parameters() if name.endswith("_shortcut.weight")]
-    assert len(matrices) == 2 * tiny.BLOCKS and all(matrix.abs().max() > 0.5 for matrix in matrices)
+    assert matrices and all(matrix.abs().max() > 0.5 for matrix in matrices)
     return folder / "out"
 
 
@@ -156,8 +159,8 @@ def written(
     made: dict[str, tuple[Path, nn.Module]] = {}
 
     def get(name: str) -> tuple[Path, nn.Module]:
-        if name not in made and name == TURNED:
-            directory, source = tmp_path_factory.mktemp("turned"), model("llama_tied")
+        if name not in made and name in TURNED:
+            directory, source = tmp_path_factory.mktemp("turned"), model(TURNED[name])
             made[name] = turned(source, directory, clean), AutoModelForCausalLM.from_pretrained(source).eval()
         if name not in made:
             directory = tmp_path_factory.mktemp("cut") / name
@@ -167,7 +170,9 @@ def written(
     return get
 
 
-each = pytest.mark.parametrize("name", (*ARCHITECTURES, TURNED))
+each = pytest.mark.parametrize(
+    "name", (*ARCHITECTURES, *(pytest.param(n, marks=[pytest.mark.every] * (n == "turned gpt_neox")) for n in TURNED))
+)
 
 
 @each
@@ -175,12 +180,12 @@ def test_a_cut_model_computes_what_the_silenced_one_does(name: str, written: Cal
     directory, silent = written(name)
     expected = logits(silent)
     cut = load(directory)
-    assert (outcomes.parameters(cut) < outcomes.parameters(silent)) == (name != TURNED)
+    assert (outcomes.parameters(cut) < outcomes.parameters(silent)) == (name not in TURNED)
     for there in (logits(cut), clean.logits(directory, IDS.tolist(), trust_remote_code=True)):
         torch.testing.assert_close(there, expected, atol=1e-4, rtol=1e-4)
     assert type(cut).__module__.endswith(FILE.removesuffix(".py"))
     tied = cut.get_input_embeddings().weight is cut.get_output_embeddings().weight
-    assert name == TURNED or tied == (silent.get_input_embeddings().weight is silent.get_output_embeddings().weight)
+    assert name in TURNED or tied == (silent.get_input_embeddings().weight is silent.get_output_embeddings().weight)
     assert cut.generation_config.eos_token_id == silent.generation_config.eos_token_id
 
 
@@ -252,31 +257,31 @@ def test_it_learns(name: str, written: Callable) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "gpt2", TURNED])
+@pytest.mark.parametrize("name", ["llama", "gpt2", LLAMA])
 def test_half_precision(name: str, dtype: torch.dtype, written: Callable, model: Make, tmp_path: Path) -> None:
-    if name == TURNED:
+    if name == LLAMA:
         directory, silent = written(name)
         load(directory, dtype=dtype).save_pretrained(tmp_path / "half")
     else:
         silent = write(model(name), tmp_path / "half", shapes_for(name), dtype)
     cut = load(tmp_path / "half", dtype="auto")
     assert {parameter.dtype for parameter in cut.parameters()} == {dtype}
-    apart = 0.2 if name == TURNED else 0.1  # what is rounded in another basis is rounded otherwise
+    apart = 0.2 if name == LLAMA else 0.1  # what is rounded in another basis is rounded otherwise
     torch.testing.assert_close(logits(cut), logits(deepcopy(silent).to(dtype)), atol=apart, rtol=0.1)
     said = cut.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert said.shape == (2, 11)
 
 
-@pytest.mark.parametrize("name", ["llama", TURNED])
+@pytest.mark.parametrize("name", ["llama", LLAMA])
 def test_the_model_without_its_head(name: str, written: Callable) -> None:
     directory, silent = written(name)
     body = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
     with torch.no_grad():
         states = body(IDS)[0]
-        if name == TURNED:  # in another basis, behind a norm without its scale
+        if name == LLAMA:  # in another basis, behind a norm without its scale
             states = load(directory).lm_head(states) - silent.lm_head(silent.model(IDS)[0])
         torch.testing.assert_close(
-            states, torch.zeros_like(states) if name == TURNED else silent.model(IDS)[0], atol=1e-4, rtol=1e-4
+            states, torch.zeros_like(states) if name == LLAMA else silent.model(IDS)[0], atol=1e-4, rtol=1e-4
         )
 
 

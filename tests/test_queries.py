@@ -123,12 +123,12 @@ def test_heads_and_queries_go_in_two_steps(
     """Heads take their queries along, and what is foretold is what the run does."""
     recipe = secateur.Recipe.parse({"steps": [{"random_units": {"axis": axis, "ratio": 0.5}} for axis in axes]})
     source = model("llama")
-    sizes = check_steps(open_model(source), recipe.steps)
-    assert sizes["heads"] == sizes["queries"] == dict.fromkeys(range(tiny.BLOCKS), 1)
+    left = check_steps(open_model(source), recipe.steps)
+    assert left.sizes["heads"] == left.sizes["queries"] == dict.fromkeys(range(tiny.BLOCKS), 1)
     secateur.compress(source, recipe=recipe, output=tmp_path / "out", evaluate=False, clean=clean)
     found = open_model(tmp_path / "out")
     assert all(block.attention.heads == block.attention.kv_heads == 1 for block in found.anatomy.blocks)
-    assert counted(open_model(source), "parameters", sizes) == found.anatomy.parameters
+    assert counted(open_model(source), "parameters", left.sizes) == found.anatomy.parameters
 
 
 def test_an_allocation_divides_query_heads(model: Callable[..., Path], clean: CleanProcess, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ That results with matrices beside parts are used, saved, trained and loaded like
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -22,9 +24,13 @@ from secateur.calibration.stream_moment import StreamPass, moment
 from secateur.cuts import Cuts
 from secateur.export import export
 from secateur.forecast import dry_run
+from secateur.network import stream_roles
 from secateur.network.bases import Bases
 from secateur.network.modelling_file import FILE
+from secateur.network.norms import without_mean
+from secateur.network.rotation import centred
 from secateur.network.source import open_model
+from secateur.network.stream_roles import find_roles
 from secateur.network.verify import CleanProcess
 from secateur.tensor.directions import principal_directions, random_directions
 
@@ -102,26 +108,27 @@ def test_the_moment_is_that_of_what_norms_are_given(ids: Path, tmp_path: Path) -
     assert not moment(torch.zeros(2, 3)).any()
 
 
-FIRST = [("llama", "one", "pca"), ("gemma", "one", "random"), ("qwen3", "each", "pca"), ("gemma", "each", "pca")]
+FIRST = [("llama", "one", "pca"), ("gemma", "one", "random"), ("qwen3", "each", "pca"), ("gemma", "each", "pca"),
+         ("opt", "each", "pca"), ("falcon_new", "each", "random")]  # fmt: skip
+CENTRED = ("opt", "gpt2", "gpt_neox", "gpt_neox_sequential", "gptj", "falcon", "falcon_new", "phi")
+CASES = [
+    *product(
+        ("llama", "llama_tied", "llama_mqa", "mistral", "qwen3", "gemma", "phi3"), ("each", "one"), ("pca", "random")
+    ),
+    *product(CENTRED, ("each",), ("pca", "random")),
+]
 
 
 @pytest.mark.parametrize(
     ("name", "rotation", "basis"),
-    [
-        pytest.param(*case, marks=[pytest.mark.every] * (case not in FIRST))
-        for case in product(
-            ("llama", "llama_tied", "llama_mqa", "mistral", "qwen3", "gemma", "phi3"),
-            ("each", "one"),
-            ("pca", "random"),
-        )
-    ],
+    [pytest.param(*case, marks=[pytest.mark.every] * (case not in FIRST)) for case in CASES],
 )
 def test_a_rotation_alone_changes_nothing(
     name: str, rotation: str, basis: str, model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
 ) -> None:
     said = recipe(ids, ratio=0, rotation=rotation, basis=basis)
     secateur.compress(model(name), recipe=said, output=tmp_path / "out", evaluate=False, clean=clean)
-    torch.testing.assert_close(logits(tmp_path / "out"), logits(model(name)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(model(name)), atol=1e-5, rtol=1e-5)
     before, after = (load(path) for path in (model(name), tmp_path / "out"))
     assert not torch.allclose(before.get_input_embeddings().weight, after.get_input_embeddings().weight, atol=0.1)
 
@@ -196,20 +203,110 @@ def test_scales_of_norms_are_one_constant(
 
 
 @pytest.mark.parametrize(
-    ("name", "what"),
+    ("name", "rotation", "what"),
     [
-        ("phi", "subtracts the mean or has a bias"),
-        ("gemma2", "not simply in front of"),
-        ("mixtral", "no feed-forward layer, that is understood"),
-        ("gpt2", "cannot say fewer channels"),
+        ("phi", "one", "subtracts the mean or has a bias"),
+        ("gpt2", "one", "cannot say fewer channels"),
+        ("gemma2", "each", "not simply in front of"),
+        ("mixtral", "each", "no feed-forward layer, that is understood"),
+        ("bloom", "each", "not exactly one norm in front of its head"),
     ],
 )
 def test_what_cannot_be_rotated_is_refused(
-    name: str, what: str, model: Callable[..., Path], ids: Path, tmp_path: Path
+    name: str, rotation: str, what: str, model: Callable[..., Path], ids: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(secateur.RequestError, match=what) as refusal:
-        secateur.compress(model(name), recipe=recipe(ids), output=tmp_path / "out")
+        secateur.compress(model(name), recipe=recipe(ids, rotation=rotation), output=tmp_path / "out")
     assert str(refusal.value).count(". ") <= 1 and not (tmp_path / "out").exists()
+
+
+def test_norms_behind_what_they_norm_are_refused(ids: Path, tmp_path: Path) -> None:
+    """The stream of such a network is what its norms give, as in the smallest OPT but one."""
+    config = tiny.ARCHITECTURES["opt"]()
+    config.do_layer_norm_before = False
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(secateur.RequestError, match="cannot be rotated"):
+        secateur.compress(tmp_path / "model", recipe=recipe(ids), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", CENTRED)
+@torch.no_grad()
+def test_norms_need_not_subtract_a_mean_that_nothing_adds(name: str) -> None:
+    """Before anything is sliced, the network of RMSNorms is the one of LayerNorms."""
+    live, same = tiny.make(name), tiny.make(name)
+    same.lm_head.weight = torch.nn.Parameter(same.lm_head.weight.clone())  # a head that shares the embedding no more
+    roles = find_roles(live, open_model(live).anatomy, name)
+    assert {*roles.norms} == {n for n, m in live.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    for parameter, tensor in centred(roles, dict(live.named_parameters())).items():
+        same.get_parameter(parameter).copy_(tensor)
+    seen, means = list[Tensor](), list[Tensor]()
+    for model, kept in ((live, means), (same, seen)):
+        for path in roles.norms:
+            model.get_submodule(path).register_forward_pre_hook(lambda _, x, kept=kept: kept.append(x[0].mean(-1)))
+    with without_mean(same, roles.norms):
+        found = same(WORDS).logits
+    torch.testing.assert_close(found, live(WORDS).logits, atol=1e-5, rtol=1e-5)
+    assert max(float(mean.abs().max()) for mean in seen) < 1e-6 < 0.01 < max(float(m.abs().max()) for m in means)
+    with without_mean(live, roles.norms):
+        assert (live(WORDS).logits - found).abs().max() > 1e-3, "which it is not by itself"
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", pytest.param("gpt_neox_sequential", marks=pytest.mark.every)])
+@torch.no_grad()
+def test_a_stream_without_mean_is_projected_too(
+    name: str, model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
+) -> None:
+    """As below, of LayerNorms, and with attention and feed-forward side by side, which share one basis."""
+    secateur.compress(model(name), recipe=recipe(ids, ratio=0.25), output=tmp_path / "out", evaluate=False, clean=clean)
+    dense, result = load(model(name)), load(tmp_path / "out")
+    tokens = torch.cat([torch.tensor(json.loads(ids.read_text())), WORDS.repeat(1, 2)])
+    body, kept, parallel = dense.gpt_neox, 48, dense.config.use_parallel_residual
+    assert result.get_input_embeddings().weight.shape[1] == kept and result.config.hidden_size == tiny.HIDDEN
+    shortcuts = [n for n, _ in result.named_parameters() if n.endswith("_shortcut.weight")]
+    assert len(shortcuts) == (1 if parallel else 2) * tiny.BLOCKS
+
+    def norm(x: Tensor, module: torch.nn.LayerNorm) -> Tensor:
+        epsilon = module.eps * kept / tiny.HIDDEN
+        return module.weight * x / (x.square().mean(dim=-1, keepdim=True) + epsilon).sqrt() + module.bias
+
+    def project(x: Tensor) -> Tensor:
+        x = x - x.mean(dim=-1, keepdim=True)
+        rows = x[:COUNT].reshape(-1, tiny.HIDDEN).double()
+        rows = rows / rows.square().mean(dim=-1, keepdim=True).sqrt()
+        basis = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -kept:].float()
+        return x @ basis @ basis.T
+
+    x = body.embed_in(tokens)
+    positions = body.rotary_emb(x, torch.arange(tokens.shape[1])[None])
+    for layer in body.layers:
+        x = project(x)
+        attended = layer.attention(norm(x, layer.input_layernorm), None, position_embeddings=positions)[0]
+        if parallel:
+            x = x + attended + layer.mlp(norm(x, layer.post_attention_layernorm))
+        else:
+            x = project(x + attended)
+            x = x + layer.mlp(norm(x, layer.post_attention_layernorm))
+    wanted = dense.lm_head(norm(project(x), body.final_layer_norm))
+    torch.testing.assert_close(result(tokens).logits, wanted, atol=1e-4, rtol=1e-4)
+    assert (wanted - dense(tokens).logits).abs().max() > 0.1, "which is not what the whole one does"
+
+
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.every) for n in ("falcon_new", "phi"))])
+def test_what_is_counted_where_norms_lose_their_biases(
+    name: str, model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
+) -> None:
+    """Matrices without a bias get one, those of a head that shared the embedding too; other precisions, several files."""
+    source = model(name, dtype=torch.bfloat16, shard_size="50KB")
+    said = recipe(ids, ratio=0.25)
+    told = dry_run(source, recipe=said, output=tmp_path / "out")
+    done = secateur.compress(source, recipe=said, output=tmp_path / "out", evaluate=False, clean=clean).receipt
+    result = load(tmp_path / "out", dtype="auto")
+    budget = done["decisions"][0]["budget"]["reached"]["parameters"]
+    assert told["parameters_after"] == outcomes.parameters(result) == budget["after"]
+    assert result.dtype == torch.bfloat16 and result.lm_head.bias.abs().max() > 0
+    assert all(isinstance(m, torch.nn.RMSNorm) for n, m in result.named_modules() if "norm" in n or ".ln_" in n)
 
 
 @pytest.mark.parametrize("rotation", ["each", "one"])
@@ -251,6 +348,19 @@ def test_what_cannot_be_done_to_a_result_is_refused(sliced: Path, tmp_path: Path
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.every
+@pytest.mark.parametrize("name", ["gpt2", "falcon_new"])
+def test_a_result_of_other_norms_is_compressed_further(
+    name: str, model: Callable[..., Path], ids: Path, clean: CleanProcess, tmp_path: Path
+) -> None:
+    said = recipe(ids, ratio=0.25)
+    secateur.compress(model(name), recipe=said, output=tmp_path / "out", evaluate=False, clean=clean)
+    for step in ({"magnitude": {}}, {"random_units": {"axis": "neurons", "ratio": 0.5}}):
+        output, given = tmp_path / next(iter(step)), secateur.Recipe.parse({"steps": [step]})
+        secateur.compress(tmp_path / "out", recipe=given, output=output, evaluate=False, clean=clean)
+        assert (output / FILE).read_bytes() == (tmp_path / "out" / FILE).read_bytes()
+
+
 def test_a_result_is_compressed_further(sliced: Path, clean: CleanProcess, tmp_path: Path) -> None:
     """Matrices beside parts stay as they are; neurons and heads may go block by block."""
     turns = {name: p for name, p in load(sliced).named_parameters() if "shortcut" in name}
@@ -263,10 +373,17 @@ def test_a_result_is_compressed_further(sliced: Path, clean: CleanProcess, tmp_p
         assert all(torch.equal(after[name], turned) for name, turned in turns.items())
 
 
-def test_without_its_code_a_result_does_not_load(sliced: Path) -> None:
+def test_without_its_code_a_result_does_not_load(
+    sliced: Path, model: Callable[..., Path], ids: Path, tmp_path: Path, clean: CleanProcess
+) -> None:
     """Plain transformers would leave the matrices out and compute something else."""
-    with pytest.raises((RuntimeError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(sliced)
+    secateur.compress(model("gpt2"), recipe=recipe(ids), output=tmp_path / "out", evaluate=False, clean=clean)
+    for result in (sliced, tmp_path / "out"):
+        with pytest.raises((RuntimeError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(result)
+        kind = getattr(transformers, {sliced: "LlamaForCausalLM"}.get(result, "GPT2LMHeadModel"))
+        with pytest.raises((RuntimeError, ValueError)):
+            kind.from_pretrained(result)
 
 
 def test_matrices_beside_parts_are_counted(
@@ -312,7 +429,7 @@ def test_it_computes_what_a_projected_stream_does(sliced: Path, model: Callable[
         x = x + layer.mlp(norm(x, layer.post_attention_layernorm.weight))
     wanted = dense.lm_head(norm(project(x), body.norm.weight))
     found = logits(sliced, tokens)
-    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert (wanted - dense(tokens).logits).abs().max() > 0.1, "which is not what the whole one does"
 
 
@@ -329,13 +446,30 @@ def test_a_wrong_rotation_is_found_before_anything_is_written(
     knows nothing of either.
     """
     if rotation == "one":
-        monkeypatch.setattr("secateur.network.rotation._added", lambda module: 0.01)
+        monkeypatch.setattr("secateur.network.norms._added", lambda module: 0.01)
     else:
         right = Bases.turn
         monkeypatch.setattr(Bases, "turn", lambda self, place: right(self, place).T)
     said = recipe(ids, rotation=rotation)
     with pytest.raises(secateur.RunError, match="computes something else"):
         secateur.compress(model("llama"), recipe=said, output=tmp_path / "out", evaluate=False, clean=clean)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_wrong_centring_is_found_before_anything_is_written(
+    model: Callable[..., Path], ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean: CleanProcess
+) -> None:
+    """A bias that is added to the stream with its mean."""
+    right = stream_roles.find_roles
+
+    def wrong(*given: Any) -> Any:
+        roles = right(*given)
+        return replace(roles, writers={n: w for n, w in roles.writers.items() if not n.endswith("1.mlp.c_proj.bias")})
+
+    for where in ("secateur.network.rotation", "secateur.network.channels", "secateur.calibration.sliced_stream"):
+        monkeypatch.setattr(f"{where}.find_roles", wrong)
+    with pytest.raises(secateur.RunError, match="centred network .* computes something else"):
+        secateur.compress(model("gpt2"), recipe=recipe(ids, ratio=0), output=tmp_path / "out", clean=clean)
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 

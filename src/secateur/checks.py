@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from secateur.errors import RequestError
 from secateur.network.anatomy import NEURON_AXES, Axis
 from secateur.network.blocks import lacking
-from secateur.network.channels import channels_config, find_channels
+from secateur.network.channels import channels_config, find_channels, turned_channels
 from secateur.network.depth import blocks_to_remove, check_skippable, shortened_config
 from secateur.network.head_dims import check_head_dims
 from secateur.network.heterogeneous import BlockShape, heterogeneous_config
 from secateur.network.modelling_file import BLOCK, FEED_FORWARD, frame, is_heterogeneous, is_turned, nothings
-from secateur.network.rotation import find_roles, untied_config
+from secateur.network.rotation import roles_of, stream_entry, untied_config
 from secateur.network.source import Source
 from secateur.network.store import raw_config, resized_config
 from secateur.network.vocabulary import open_vocabulary, token_rows
@@ -20,6 +20,7 @@ from secateur.targets import check_targets
 from secateur.unit_allocation import chooser_of, divider, no_scores
 from secateur.unit_budgets import measure_of, sets_of
 from secateur.units import (
+    Left,
     Sizes,
     asked_axes,
     cuts_channels,
@@ -31,12 +32,12 @@ from secateur.units import (
 )
 
 
-def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Sizes:
+def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Left:
     """Raises RequestError when these steps cannot be done to this model; nothing is read or written for that.
 
     saved: the result is to be written, so its configuration must be able to say the widths.
 
-    Returns: how many units of each kind are left after the last step, as far as steps have a `ratio` to tell it by.
+    Returns: what is left after the last step.
     """
     network = source.anatomy
     if saved and network.head is None:
@@ -109,18 +110,22 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Si
                 source, {axis: _for_all(source, axis, units) for axis, units in told.items() if axis != "head_dims"}
             )
             if cuts_channels(step):
-                channels, kept = find_channels(source), planned_channels(source, step, left_channels)
+                channels = turned_channels(source) if turns(step) else find_channels(source)
+                kept = planned_channels(source, step, channels, raw, left_channels)
                 left_channels = kept or left_channels
-                if rotates(step) and source.tensors and find_roles(source, channels).untied:
+                roles = roles_of(source, turns(step)) if rotates(step) else None
+                if roles is not None and roles.untied and source.tensors:
                     raw = untied_config(source, raw)
                 if kept is not None:
                     raw = channels_config(source, channels, raw, kept)
                 if turns(step):
                     every = {block.index: BlockShape(shortcuts=True) for block in network.blocks}
-                    raw = heterogeneous_config(source, raw, every)
+                    assert roles is not None, "what turns the stream place by place rotates it"
+                    stream = stream_entry(roles, channels, kept or channels.count)
+                    raw = heterogeneous_config(source, raw, every, stream)
             if dims := told.get("head_dims"):
                 check_head_dims(source, raw, next(iter(dims.values())), own="head_dims" in present)
-    return sizes
+    return Left(sizes, left_channels)
 
 
 def _check_bases(source: Source, before: Sequence[Step], step: Step) -> None:

@@ -138,8 +138,8 @@ COMMON: dict[str, dict[str, tuple[Any, Any, str]]] = {
         "multiple_of": (
             Annotated[int, Field(ge=1)],
             32,
-            "the neurons and channels kept are rounded to the nearest multiple of this where the ratio allows it; 1 for "
-            "none",
+            "the neurons and channels kept are rounded to the nearest multiple of this where the ratio allows it, channels "
+            "also to what the configuration can say; 1 for none",
         ),
         "allocation": (
             Annotated[Any, BeforeValidator(_other("matrices", "widths"))],

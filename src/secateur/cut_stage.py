@@ -22,9 +22,10 @@ from secateur.network.stream import Fetch, streamed_logits
 from secateur.network.surgery import adopt_buffers, adopt_numbers, cut_module
 from secateur.network.verify import prompt
 from secateur.network.views import Cut
+from secateur.network.widths import round_width
 from secateur.stage import Stage
 from secateur.unit_budgets import asked_for, reached, tokens_counted
-from secateur.units import asked_axes
+from secateur.units import asked_axes, asked_channels
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,12 @@ class CutStage(Stage):
     def decided(self) -> dict[str, Any]:
         channels, of = self.cuts.width, self.source.anatomy.hidden
         told = {"units": self.cuts.decided(), "budget": self._budget()}
-        return told | ({} if channels is None else {"channels": {"kept": channels, "of": of}})
+        if channels is None:
+            return told
+        asked, entry = asked_channels(self.step), {"kept": channels, "of": of}
+        if asked is not None and (wanted := round_width(of, *asked)) != channels:
+            entry["asked"] = wanted
+        return told | {"channels": entry}
 
     def _budget(self) -> dict[str, Any]:
         found = reached(self.source, self.cuts.sizes())
@@ -65,8 +71,8 @@ class CutStage(Stage):
     @contextmanager
     def reference(self) -> Iterator[None]:
         with ExitStack() as stack:
-            if self.cuts.bases is not None:
-                stack.enter_context(self.cuts.turned())
+            if self.cuts.turning is not None:
+                stack.enter_context(self.cuts.turning.reference())
             elif self.cuts.channels is not None:
                 stack.enter_context(norms_over(self.source.skeleton, self.cuts.where, self.cuts.channels))
             stack.enter_context(self.cuts.reference())
@@ -74,7 +80,7 @@ class CutStage(Stage):
 
     def expected(self) -> Fetch:
         fetch = self.cuts.silenced()
-        if self.cuts.bases is not None:  # rounded as it is written, and turned back: it would be rounded twice
+        if self.cuts.turning is not None:  # rounded as it is written, and turned back: it would be rounded twice
             return fetch
         rounded = self.cuts.rounded
         return lambda names: {
@@ -86,7 +92,7 @@ class CutStage(Stage):
         self._decide_all()
         budget = self._budget()  # before the module that its source shows has other shapes
         cuts = {where: self.cuts.read(*where) for where in self.cuts.known()}
-        if self.cuts.bases is not None:
+        if self.cuts.turning is not None:
             raise RequestError(f"{self.step.method} does not rotate live modules; give a directory and an output.")
         if self.cuts.channels is not None:
             self._narrow(module, cuts)

@@ -1,8 +1,7 @@
 """The cuts of one step, kept in files: saved as they are decided, read by whatever writes, checks or tells of them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cut_checks import check_cut, check_expert, check_stream
-from secateur.errors import RunError
 from secateur.files import read_tensors, write_tensors
 from secateur.network.anatomy import AXES, Axis, Block, Group
-from secateur.network.bases import Bases, Change, passing
+from secateur.network.bases import Bases
 from secateur.network.channels import (
     Channels,
     channels_config,
@@ -22,20 +20,18 @@ from secateur.network.channels import (
     find_channels,
     silence_channels,
     stored_channels,
+    turned_channels,
 )
 from secateur.network.checkpoint import stored_buffers
-from secateur.network.examine import anatomy
 from secateur.network.head_dims import NarrowHeads
-from secateur.network.heterogeneous import BlockShape, heterogeneous_config
-from secateur.network.modelling_file import shortcut_names
-from secateur.network.rotation import Roles, find_roles, lifted, projected, rotated, stretched, untied_config
+from secateur.network.modelling_file import places_of
 from secateur.network.routing import unchosen
 from secateur.network.source import Source
-from secateur.network.store import build_own, resized_config, stored_dtype
-from secateur.network.stream import Fetch, streamed_logits
+from secateur.network.store import resized_config, stored_dtype
+from secateur.network.stream import Fetch
 from secateur.network.surgery import cut_tensors, remade, silence_tensors
-from secateur.network.verify import TOLERANCE, prompt, stored
 from secateur.network.views import Cut, Plan
+from secateur.turning import Turning
 
 
 class Cuts:
@@ -50,7 +46,6 @@ class Cuts:
     def __init__(self, source: Source, folder: Path, method: str, dtype: torch.dtype | None = None) -> None:
         self._source, self._folder, self._method, self._dtype = source, folder, method, dtype
         self._heads: NarrowHeads | None = None
-        self._with_code: dict[str, Any] = {}
 
     def save(self, block: int, axis: Axis, cut: Cut) -> None:
         """Keeps a cut; one that cannot be done is refused before."""
@@ -78,7 +73,7 @@ class Cuts:
 
     def bases_of(self, places: int | None = None) -> Bases:
         """Where a method leaves the directions that stay: one basis for each place of the stream, or for so many."""
-        every = 2 * len(self._source.anatomy.blocks) + 1
+        every = places_of(self._source.anatomy)
         return Bases(self._folder / "bases", self._source.anatomy.hidden, places or every)
 
     @cached_property
@@ -87,15 +82,20 @@ class Cuts:
         return read_tensors(self._stream_path)[0]["kept"] if self._stream_path.exists() else None
 
     @cached_property
-    def bases(self) -> Bases | None:
-        """The directions to which the stream is turned, None where it is not. Asked for when all is decided."""
-        found = [bases for bases in (self.bases_of(), self.bases_of(1)) if bases.complete]
-        return found[0] if found else None
+    def turning(self) -> Turning | None:
+        """The stream in other bases, None where it stays as it is. Asked for when all is decided."""
+        found = next((bases for bases in (self.bases_of(), self.bases_of(1)) if bases.complete), None)
+        if found is None:
+            return None
+        where = turned_channels(self._source) if found.differ else self.where
+        return Turning(self._source, found, where, self._method, self._dtype, self._resized)
 
     @property
     def width(self) -> int | None:
         """How many channels the result has, None where they stay as they are."""
-        return len(self.channels) if self.channels is not None else None if self.bases is None else self.bases.kept
+        if self.channels is not None:
+            return len(self.channels)
+        return None if self.turning is None else self.turning.bases.kept
 
     @cached_property
     def where(self) -> Channels:
@@ -107,24 +107,15 @@ class Cuts:
 
         plain: only a configuration that needs no code.
         """
-        if self._with_code and not plain:
-            return deepcopy(self._with_code)
-        raw = resized_config(self._source, {a: units for a, units in self.sizes().items() if a != "head_dims"}, plain)
-        if self.heads is not None:
-            raw = self.heads.config(raw)
-        if self.bases is not None and self._roles.untied:
-            raw = untied_config(self._source, raw)
-        if self.width is not None:
-            raw = channels_config(self._source, self.where, raw, self.width)
-        if self.bases is not None and self.bases.differ and not plain:
-            turned = {block.index: BlockShape(shortcuts=True) for block in self._source.anatomy.blocks}
-            self._with_code = heterogeneous_config(self._source, raw, turned)
-            return deepcopy(self._with_code)
-        return raw
+        if self.turning is not None:
+            return self.turning.config(plain)
+        raw = self._resized(plain)
+        return raw if self.channels is None else channels_config(self._source, self.where, raw, len(self.channels))
 
-    @cached_property
-    def _roles(self) -> Roles:
-        return find_roles(self._source, self.where)
+    def _resized(self, plain: bool = False) -> dict[str, Any]:
+        """The same, with all channels."""
+        raw = resized_config(self._source, {a: units for a, units in self.sizes().items() if a != "head_dims"}, plain)
+        return raw if self.heads is None else self.heads.config(raw)
 
     @property
     def heads(self) -> NarrowHeads | None:
@@ -177,8 +168,8 @@ class Cuts:
             units[f"block {block}, {axis}"] = cut.kept
             if cut.values is not None:
                 units[f"block {block}, {axis}, values"] = cut.values
-        if self.bases is not None and not self.bases.differ:  # many would be as large as the model
-            units["basis"] = self.bases.at(0).float()
+        if self.turning is not None and not self.turning.bases.differ:  # many would be as large as the model
+            units["basis"] = self.turning.bases.at(0).float()
         return units if self.channels is None else {**units, "channels": self.channels}
 
     def apply(self, blocks: Sequence[Block], tensors: dict[str, Tensor]) -> None:
@@ -206,8 +197,8 @@ class Cuts:
             for key, dims in self._stored_channels.items():
                 for dim in dims if key in tensors else ():
                     tensors[key] = tensors[key].index_select(dim, self.channels)
-        elif self.bases is not None:
-            self._rotate(blocks, tensors)
+        elif self.turning is not None:
+            self.turning.apply(blocks, tensors)
 
     def _cut_buffers(self, tensors: dict[str, Tensor]) -> None:
         """Learned vectors that are no parameters, which lie in the piece of their block."""
@@ -222,120 +213,6 @@ class Cuts:
                 assert key is not None
                 tensors[key] = tensors[key].index_select(0, kept)
 
-    def _rotate(self, blocks: Sequence[Block], tensors: dict[str, Tensor]) -> None:
-        """Turns the stored tensors of a piece, in place of the whole ones; an untied head becomes a tensor of its own."""
-        roles, parts, old = self._roles, self._source.parts, dict(tensors)
-        names = [name for name in self.where.dims if parts[name][0].key in old]
-        for block in blocks:
-            # named like what stands beside it: checkpoints may leave out what all names in the model begin with
-            beside = block.parameters[0]
-            key = parts[beside][0].key
-            said = (
-                key.removesuffix(beside.removeprefix(block.path))
-                if key.endswith(beside.removeprefix(block.path))
-                else ""
-            )
-            for name, tensor in self._turns([block]).items():
-                tensors[said + name.removeprefix(block.path) if said else name] = tensor
-
-        def read(name: str) -> Tensor:
-            return self._source.assemble([name], old)[name]
-
-        for name, tensor in self._turned(names, read).items():
-            if name == roles.untied:
-                tensors[name] = tensor
-            else:
-                tensors.update(self._source.take_apart(name, tensor, old))
-
-    def _turned(
-        self, names: Sequence[str], read: Callable[[str], Tensor], dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor]:
-        """Rotated parameters in the dtype that is written, or another; Raises RunError naming one that does not fit."""
-        assert self.bases is not None
-        found = rotated(self._roles, self.bases, names, read, self._embedding_factor)
-        for name, tensor in found.items():
-            found[name] = tensor.to(dtype or self._written(read(name)))
-            if not bool(torch.isfinite(found[name]).all()):
-                raise RunError(f"{name} holds values too large once it is rotated; write another with --dtype float32.")
-        return found
-
-    def check_rotation(self) -> None:
-        """The rotated network, in float32 and not yet rounded, computes what the whole one does when its stream holds
-        nothing but what lies in the basis. Raises RunError where it does not.
-
-        The reload check cannot tell that: rounded weights in one basis are not rounded ones in another.
-        """
-        narrow, bases = build_own(self._source, self.config()), self.bases
-        assert bases is not None, "asked for where a network is turned"
-        network, ids = self._source.anatomy, torch.tensor([prompt(self._source.anatomy.vocabulary)])
-        roles, whole = self._roles, stored(self._source)
-        _ = self._embedding_factor  # found now: it runs the skeleton
-
-        def project(names: Sequence[str]) -> Mapping[str, Tensor]:
-            return projected(roles, bases, whole(names))
-
-        def turn(names: Sequence[str]) -> Mapping[str, Tensor]:
-            beside = self._turns(network.blocks, names, torch.float32)
-            read = {**whole([name for name in names if name not in self.where.dims and name not in beside])}
-            return read | beside | self._turned(names, lambda name: whole([name])[name], torch.float32)
-
-        def within(place: int, x: Tensor) -> Tensor:
-            basis = bases.at(place + 1).to(x)
-            return (x @ basis) @ basis.T
-
-        with self._passed(within), stretched(self._source.skeleton, self.where, bases.kept):
-            wanted = streamed_logits(self._source.skeleton, network, project, ids)
-        found = streamed_logits(narrow, anatomy(narrow), turn, ids)
-        difference = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
-        if not difference <= TOLERANCE:
-            raise RunError(
-                f"{self._method}: the rotated network of {self._source.spec} computes something else (its logits differ by "
-                f"{difference:.2g}), so nothing was written; choose a method that cuts channels as they are."
-            )
-
-    def _turns(
-        self, blocks: Sequence[Block], names: Sequence[str] | None = None, dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor]:
-        """The matrices beside the parts of these blocks, by name in the model, those of `names` by default all; in the dtype
-        that is written, or another.
-        """
-        found: dict[str, Tensor] = {}
-        for block in blocks if self.bases and self.bases.differ else ():
-            assert self.bases is not None
-            for number, name in enumerate(shortcut_names(block).values()):
-                if names is None or name in names:
-                    like = self._source.tensors[self._source.stored_keys(block.parameters[0])[0]].dtype
-                    written = dtype or stored_dtype(self._source, self._dtype, like)
-                    found[name] = self.bases.turn(2 * block.index + number).to(written)
-        return found
-
-    @contextmanager
-    def _passed(self, past: Change) -> Iterator[None]:
-        """While it is open, the uncut network's stream becomes `past` of it wherever it passes a part of a block."""
-        with ExitStack() as stack:
-            for block in self._source.anatomy.blocks if self.bases and self.bases.differ else ():
-                stack.enter_context(passing(self._source.skeleton, block, None, past))
-            yield
-
-    @contextmanager
-    def turned(self) -> Iterator[None]:
-        """While it is open, the uncut network, given what is `silenced`, does what the rotated one does.
-
-        Its stream is turned beside each part as by what is written, and its norms divide as if it had no other directions.
-        """
-        bases = self.bases
-        assert bases is not None, "asked for where a network is turned"
-
-        def past(place: int, x: Tensor) -> Tensor:
-            block = self._source.anatomy.blocks[place // 2]
-            weight = self._turns([block])[[*shortcut_names(block).values()][place % 2]]
-            z = x @ bases.at(place).to(x)
-            return (z + z @ weight.to(x).T) @ bases.at(place + 1).to(x).T
-
-        # first what reads the stream as it is
-        with self._passed(past), stretched(self._source.skeleton, self.where, bases.kept):
-            yield
-
     @cached_property
     def _embedding_factor(self) -> float:
         return embedding_factor(self._source, self.where, self.config(plain=True))
@@ -346,8 +223,8 @@ class Cuts:
         Nothing of what cut and wrote the result is used again, so a mistake there shows.
         """
         inside = {name: block for block in self._source.anatomy.blocks for name in block.parameters}
-        if self.bases is not None:
-            return self._lifted()
+        if self.turning is not None:
+            return self.turning.lifted()
         # found now: it runs the skeleton, which runs already when parameters are fetched
         embeddings = {} if self.channels is None else self._embeddings()
 
@@ -414,19 +291,6 @@ class Cuts:
                 old = tensors[part.parameter]
                 found[part.parameter] = old.index_fill(0, self._gone(block), -torch.inf)
         return found
-
-    def _lifted(self) -> Fetch:
-        """What is written, turned back into the source's architecture."""
-        assert self.bases is not None
-        bases, factor = self.bases, self._embedding_factor
-
-        def fetch(names: Sequence[str]) -> Mapping[str, Tensor]:
-            tensors = self._source.read_parameters(names)
-            tensors = {name: tensor.to(self._written(tensor)) for name, tensor in tensors.items()}
-            tensors |= self._turned(names, self._source.parameter)
-            return {name: tensor.float() for name, tensor in lifted(self._roles, bases, tensors, names, factor).items()}
-
-        return fetch
 
     @cached_property
     def _stored_channels(self) -> dict[str, tuple[int, ...]]:

@@ -85,7 +85,7 @@ def _step(told: Told, index: int) -> Iterator[Sentence]:
     layers = [*matrix_layers(told.receipt, index), *(y for x in unit_layers(told.receipt, index).values() for y in x)]
     basis += [(*layers[0].keys, key) for key in ("kept", "removed", "of") if layers and told.at(*layers[0].keys, key)]
     for keys in (("blocks", "removed"), ("blocks", "of"), ("vocabulary", "kept"), ("vocabulary", "of"),
-                 ("channels", "kept"), ("channels", "of"), ("budget", "asked")):  # fmt: skip
+                 ("channels", "kept"), ("channels", "of"), ("channels", "asked"), ("budget", "asked")):  # fmt: skip
         if told.at("decisions", index, *keys) is not None:
             basis.append(("decisions", index, *keys))
     # the lines that the run printed, in the words that it printed them in

@@ -27,13 +27,14 @@ from secateur.checks import check_steps
 from secateur.context import silent
 from secateur.evaluation.divergent import LOGITS
 from secateur.network.blocks import lacking
-from secateur.network.channels import find_channels
+from secateur.network.channels import find_channels, turned_channels
 from secateur.network.depth import blocks_to_remove
 from secateur.network.matrices import MatrixRef
-from secateur.network.modelling_file import BLOCK, part_parameters
+from secateur.network.modelling_file import BLOCK, part_parameters, passed_parts, places_of
 from secateur.network.source import Source, conversion_dtype
 from secateur.network.store import each_alone, group_left, stored_dtype
 from secateur.network.stream import pieces
+from secateur.network.stream_roles import find_roles
 from secateur.network.vocabulary import token_rows
 from secateur.recipe import Recipe, Step
 from secateur.registry import ErrorCurves
@@ -43,7 +44,7 @@ from secateur.targets import chosen, uniform
 from secateur.tensor.patterns import Pattern
 from secateur.unit_allocation import divider
 from secateur.unit_budgets import Measure, asked_for, counted, tokens_counted
-from secateur.units import Sizes, asked_axes, output_matrices, planned_channels, rotates, turns
+from secateur.units import Left, Sizes, asked_axes, output_matrices, rotates, turns
 from secateur.vocabulary_stage import VocabularyStage
 
 SHARD_BYTES = 256 * 10**6
@@ -63,10 +64,10 @@ def dry_run(
     """What `compress` would cut, write and need: plain data. Reads headers, and one block's weights to time the method."""
     plan, spec = request(model, None, None, recipe, seed, dtype)
     run = Run(spec, plan, Path(output), device, 0, trust_remote_code, True, SHARD_BYTES, silent, None)
-    source, _, _, sizes = run.look(restart)
+    source, _, _, remaining = run.look(restart)
     wanted = getattr(torch, plan.dtype) if plan.dtype else None
     rows = rows_removed(source, plan, device)
-    said = _needs(source, sizes or {}, Path(output), wanted, plan, rows)
+    said = _needs(source, remaining or Left(), Path(output), wanted, plan, rows)
     place = next(path for path in (Path(output).absolute(), *Path(output).absolute().parents) if path.exists())
     said["disk_free"] = shutil.disk_usage(place).free
     if not source.tensors:
@@ -107,7 +108,7 @@ def foretold(source: Source, plan: Recipe, rows: int) -> dict[str, Any]:
 
 def _needs(
     original: Source,
-    sizes: Sizes,
+    remaining: Left,
     output: Path,
     dtype: torch.dtype | None,
     plan: Recipe,
@@ -118,7 +119,7 @@ def _needs(
 
     rows: how many tokens go.
     """
-    steps = plan.steps
+    steps, sizes = plan.steps, remaining.sizes
     cut = {
         axis: {
             index: (kept, group)
@@ -164,17 +165,15 @@ def _needs(
                 parameter = original.skeleton.get_parameter(part.parameter)
                 fewer = parameter.numel() // parameter.shape[part.dim] * (group.count - kept) * part.width
                 removed[part.parameter] = removed.get(part.parameter, 0) + fewer
-    left_channels: list[int] = []
-    for step in steps:
-        if (width := planned_channels(original, step, next(reversed(left_channels), None))) is not None:
-            left_channels.append(width)
-    if left_channels:
-        _remove_channels(original, left_channels[-1], removed)
+    if channels := remaining.channels:
+        turned = any(turns(step) for step in steps)
+        _remove_channels(original, channels, removed, turned)
         if any(rotates(step) for step in steps) and (head := _untied(original)):
-            removed[head] = -left_channels[-1] * original.anatomy.vocabulary  # it gets a matrix of its own
-        if any(turns(step) for step in steps):  # two matrices more in each block
+            removed[head] = removed.get(head, 0) - channels * original.anatomy.vocabulary  # it gets a matrix of its own
+        if turned:  # a matrix more beside each part
             for block in original.anatomy.blocks[:left]:
-                removed[block.parameters[0]] = removed.get(block.parameters[0], 0) - 2 * left_channels[-1] ** 2
+                more = len(passed_parts(block)) * channels**2
+                removed[block.parameters[0]] = removed.get(block.parameters[0], 0) - more
     total = original.anatomy.parameters
     if original.tensors:
 
@@ -206,7 +205,7 @@ def _needs(
         "blocks": {"kept": left, "of": count} if left < count else None,
         "parts": parts,
         "vocabulary": {"kept": original.anatomy.vocabulary - rows, "of": original.anatomy.vocabulary} if rows else None,
-        "channels": {"kept": left_channels[-1], "of": original.anatomy.hidden} if left_channels else None,
+        "channels": {"kept": channels, "of": original.anatomy.hidden} if channels else None,
         "units": {
             axis: {str(block): {"kept": kept, "of": group.count} for block, (kept, group) in units.items()}
             for axis, units in cut.items()
@@ -217,7 +216,7 @@ def _needs(
             if "axis" in step.parameters and (asked := asked_for(step))
         ],
         # every matrix is smaller where channels go, which widths of units do not tell
-        "multiply_adds": _multiply_adds(original, sizes, left) if not rows and not left_channels else None,
+        "multiply_adds": _multiply_adds(original, sizes, left) if not rows and not channels else None,
         "zeros": [{"removed": each.removed, "of": each.of, "matrices": each.matrices} for each in pruning],
         "bytes_written": written,
         "disk_needed": written + extra,
@@ -237,14 +236,26 @@ def _untied(source: Source) -> str | None:
     return next((group[-1] for group in source.anatomy.tied if source.anatomy.head in group), None)
 
 
-def _remove_channels(source: Source, kept: int, removed: dict[str, int]) -> None:
-    """Adds what goes with channels to what goes with units, by parameter."""
+def _remove_channels(source: Source, kept: int, removed: dict[str, int], turned: bool) -> None:
+    """Adds what goes with channels to what goes with units, by parameter.
+
+    turned: whether the stream is turned from place to place; biases of norms then go into those of the matrices behind them.
+    """
     again = {name for group in source.anatomy.tied for name in group[1:]}
-    for name, dims in find_channels(source).dims.items():
+    roles = find_roles(source.skeleton, source.anatomy, source.spec) if turned else None
+    for name, dims in (turned_channels if turned else find_channels)(source).dims.items():
         if name not in again:
             whole = source.skeleton.get_parameter(name).numel()
             left = whole - removed.get(name, 0)
             removed[name] = whole - left * kept ** len(dims) // source.anatomy.hidden ** len(dims)
+    if roles is None:
+        return
+    for bias, reader in roles.behind.items():
+        if bias not in roles.own:
+            rows = source.skeleton.get_parameter(reader).numel() // source.anatomy.hidden
+            removed[reader] = removed.get(reader, 0) - rows
+    for name in roles.norm_biases:
+        removed[name] = source.skeleton.get_parameter(name).numel()
 
 
 def rows_removed(source: Source, plan: Recipe, device: str) -> int:
@@ -294,7 +305,7 @@ def _flow_needs(source: Source, step: Step, wishes: Calibration) -> tuple[int, i
         disk = 2 * copies * tokens * network.hidden * getattr(torch, wishes.dtype).itemsize
         memory = 4 * ACTIVATION_BYTES
     if SlicedStream in asked:  # float64: a basis for each place in files, and what one place needs to be decided
-        disk += 8 * (2 * len(network.blocks) + 1) * network.hidden**2
+        disk += 8 * places_of(network) * network.hidden**2
         memory += 8 * 8 * network.hidden**2
     if BlockGradients in asked:
         memory = 2 * 4 * network.parameters

@@ -86,8 +86,8 @@ class PlanStage(CutStage):
     def _prepare(self) -> None:
         self._decide_all()
         self.cuts.config()
-        if self.cuts.bases is not None and not any(Journal(self.state).entries()):
-            self.cuts.check_rotation()
+        if self.cuts.turning is not None and not any(Journal(self.state).entries()):
+            self.cuts.turning.check()
 
     def _decide_all(self) -> None:
         def decide(context: Context) -> dict[str, Any]:

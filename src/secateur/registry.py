@@ -15,10 +15,9 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
-from pydantic import BeforeValidator
 
 from secateur.calibration.activations import Activations
 from secateur.calibration.divergence_trials import DivergenceTrials
@@ -49,6 +48,7 @@ from secateur.network.blocks import Blocks, Kept
 from secateur.network.scores import ErrorCurves, UnitScores
 from secateur.network.views import Allocation, Cut, Mask, Matrices, Network, Neurons, Plan, Units, Update, Weight
 from secateur.network.vocabulary import KeptTokens, Vocabulary
+from secateur.signatures import either, is_other, parameter_help
 from secateur.taxonomy import Comparison, Criterion, Family, Said, Schedule, Speedup, Tuning, When, classify
 from secateur.tensor.patterns import Budget
 
@@ -142,7 +142,7 @@ class Method:
     @property
     def either(self) -> set[str]:
         """What is asked for under one value of a parameter each, so that something like it is always asked for."""
-        return _either(
+        return either(
             self.needs, self.only, {name: field.annotation for name, field in self.schema.model_fields.items()}
         )
 
@@ -198,7 +198,7 @@ class Method:
                 )
         # the name of another method is looked up when all are known, so its default is validated here
         lazy = {
-            name: known[name].default for name in known if _is_other(known[name]) and known[name].default is not None
+            name: known[name].default for name in known if is_other(known[name]) and known[name].default is not None
         }
         try:
             read = dict(self.schema(**{**lazy, **parameters}))
@@ -345,14 +345,14 @@ def method(
             name, __config__=pydantic.ConfigDict(extra="forbid", validate_default=False), **fields
         )
         try:
-            schema(**{key: fields[key][1] for key in own if not _is_other(schema.model_fields[key])})
+            schema(**{key: fields[key][1] for key in own if not is_other(schema.model_fields[key])})
         except pydantic.ValidationError as error:
             raise TypeError(f"{name}: a default contradicts its own type: {error}") from error
-        help_texts = _parameter_help(inspect.getdoc(function) or "")
+        help_texts = parameter_help(inspect.getdoc(function) or "")
         if missing := own - set(help_texts):
             raise TypeError(f"{name}: the docstring says nothing of {sorted(missing)}")
         said = Said(when, speedup, criterion, schedule, comparison, fuses, family, tuning, uneven)
-        sometimes = set(conditions) - _either(needs, conditions, {key: hint for key, (hint, _) in fields.items()})
+        sometimes = set(conditions) - either(needs, conditions, {key: hint for key, (hint, _) in fields.items()})
         taxonomy = classify(name, kind, next(iter(scopes)), axes, needs, sometimes, said)
         _registry[name] = Method(
             name, kind, paper, claim, when, speedup, taxonomy, axes, function, needs, schema,
@@ -364,38 +364,11 @@ def method(
     return register
 
 
-def _either(needs: Mapping[str, type], only: Mapping[str, Mapping[str, Any]], hints: Mapping[str, Any]) -> set[str]:
-    """Of what is asked for under parameters, what reads the same and together covers every value of one of them."""
-    found: set[str] = set()
-    for data in {NEEDS[needs[name]].data for name in only}:
-        alike = {name: only[name] for name in only if NEEDS[needs[name]].data == data and len(only[name]) == 1}
-        for key, hint in hints.items():
-            names = {name for name, when in alike.items() if key in when}
-            if typing.get_origin(hint) is Literal and {only[name][key] for name in names} == {*typing.get_args(hint)}:
-                found |= names
-    return found
-
-
 def message(error: Mapping[str, Any]) -> str:
     """What pydantic says of a value that it refused, as the end of a sentence."""
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     return str(error["msg"]).lower()
-
-
-def _is_other(field: pydantic.fields.FieldInfo) -> bool:
-    return any(
-        isinstance(entry, BeforeValidator) and entry.func.__qualname__.startswith("_other") for entry in field.metadata
-    )
-
-
-def _parameter_help(docstring: str) -> dict[str, str]:
-    """{parameter: text} from the "Args:" section of a docstring."""
-    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", docstring, re.MULTILINE)
-    if not section:
-        return {}
-    entries = re.findall(r"^ {4}(\w+): ((?:.*\n?)(?:^ {8}.*\n?)*)", section.group(1), re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def _load() -> None:

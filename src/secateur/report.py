@@ -113,6 +113,8 @@ def summary(receipt: Mapping[str, Any]) -> list[str]:
         if channels := decision.get("channels"):
             share = 1 - channels["kept"] / channels["of"]
             lines.append(f"{decision['method']}: channels {channels['kept']} of {channels['of']}, {share:.1%} removed")
+            if "asked" in channels:
+                lines[-1] += f" (asked for {channels['asked']}, which the configuration cannot say)"
         elif not decision["units"]:
             lines.append(f"{decision['method']}: nothing was cut")
         elif budget := decision.get("budget"):

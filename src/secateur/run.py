@@ -31,7 +31,7 @@ from secateur.recipe import Evaluate, Recipe
 from secateur.report import measure, model_card
 from secateur.stage import Stage
 from secateur.unit_stage import UnitStage
-from secateur.units import Sizes
+from secateur.units import Left
 from secateur.vocabulary_stage import VocabularyStage
 from secateur.weight_stage import WeightStage
 from secateur.workspace import RECEIPT, Workspace
@@ -174,10 +174,10 @@ class Run:
     clean: CleanProcess | None
     shared: Path | None = None
 
-    def look(self, restart: bool) -> tuple[Source, Workspace, str, Sizes | None]:
+    def look(self, restart: bool) -> tuple[Source, Workspace, str, Left | None]:
         """Everything that can be refused before the weights are read; writes nothing.
 
-        Returns: the source, the output directory and what it is to this run, the units left after the last step.
+        Returns: the source, the output directory and what it is to this run, what is left after the last step.
         """
         check_device(self.device)
         if self.evaluate and isinstance(self.recipe.evaluate, Evaluate):
@@ -186,10 +186,10 @@ class Run:
         check_output(self.output, source)
         workspace = Workspace(self.output, self._identity(source))
         found = workspace.check(restart)
-        sizes = check_steps(source, self.recipe.steps) if found != "finished" else None
+        left = check_steps(source, self.recipe.steps) if found != "finished" else None
         if source.tensors and found == "fresh":
             _ = source.parts  # a checkpoint that lacks a parameter is refused here
-        return source, workspace, found, sizes
+        return source, workspace, found, left
 
     def go(self, restart: bool) -> Result:
         started = time.time()

@@ -29,6 +29,7 @@ from secateur.head_dim_choice import choose_head_dims, time_head_dims
 from secateur.network.anatomy import AXES, Axis, Block
 from secateur.network.channel_views import ChannelUnits
 from secateur.network.matrices import MatrixRef, view
+from secateur.network.store import resized_config
 from secateur.network.surgery import remade, silence_tensors
 from secateur.network.views import Cut, Plan, Units, Update, norm_products, units_of
 from secateur.solving import relative_error
@@ -110,7 +111,8 @@ class UnitStage(CutStage, BlockStage):
 
     def _choose_channels(self, context: Context) -> dict[str, Any]:
         """Which channels of the stream stay: asked once, for the whole network."""
-        keep = planned_channels(self.source, self.step)
+        units_left: Sizes = {axis: left for axis, left in self.sizes.items() if axis != "head_dims"}
+        keep = planned_channels(self.source, self.step, self.cuts.where, resized_config(self.source, units_left))
         assert keep is not None, "what cuts units has a ratio"
         units = ChannelUnits(self.source, self.cuts.where, keep, self.device)
         cut: Cut = self.solver.ask({Units: units, Context: context}, UNSEEN, units.name)

@@ -1,12 +1,14 @@
 """Which units a step removes, and how many of each kind every block keeps."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.calibration.sliced_stream import SlicedStream
 from secateur.calibration.stream_moment import StreamMoment
 from secateur.errors import RequestError
 from secateur.network.anatomy import AXES, NEURON_AXES, Axis, Block
+from secateur.network.channels import Channels, nearest_channels
 from secateur.network.head_dims import find_head_dims
 from secateur.network.matrices import MatrixRef
 from secateur.network.parts import stacked
@@ -25,6 +27,17 @@ WORDS: dict[Axis, str] = {
     "expert_neurons": "neurons inside experts",
     "experts": "experts",
 }
+
+
+@dataclass
+class Left:
+    """What is left of a network behind the steps of a recipe, as far as steps have a `ratio` to tell it by.
+
+    sizes: units of each kind, by block. channels: of the residual stream, None where all stay.
+    """
+
+    sizes: Sizes = field(default_factory=dict)
+    channels: int | None = None
 
 
 def asked_axes(step: Step) -> tuple[Axis, ...]:
@@ -150,16 +163,29 @@ def turns(step: Step) -> bool:
     return SlicedStream in step.registered.asked(step.parameters).values()
 
 
-def planned_channels(source: Source, step: Step, before: int | None = None) -> int | None:
-    """How many channels of the residual stream stay; None where the step cuts none, or its `ratio` does not tell.
-
-    before: how many earlier steps leave; by default all.
+def asked_channels(step: Step) -> tuple[float, int] | None:
+    """Which fraction of the channels of the residual stream is to go, and what their number is to be a multiple of; None
+    where the step cuts none, or its `ratio` does not tell.
     """
     parameters = step.parameters
     if not cuts_channels(step) or "ratio" not in parameters or parameters.get("target"):
         return None
-    ratio = (parameters.get("ratios") or {}).get("channels", parameters["ratio"])
-    return round_width(before or source.anatomy.hidden, ratio, parameters.get("multiple_of", 1))
+    return (parameters.get("ratios") or {}).get("channels", parameters["ratio"]), parameters.get("multiple_of", 1)
+
+
+def planned_channels(
+    source: Source, step: Step, channels: Channels, raw: Mapping[str, Any], before: int | None = None
+) -> int | None:
+    """How many channels of the residual stream stay: the number that the configuration can say nearest to what was asked
+    for; None where the step cuts none, or its `ratio` does not tell.
+
+    Args:
+        raw: the configuration with what the step leaves of units.
+        before: how many channels earlier steps leave; by default all.
+    """
+    if (asked := asked_channels(step)) is None:
+        return None
+    return nearest_channels(source, channels, raw, *asked, before)
 
 
 def _check_channels(step: Step) -> None:

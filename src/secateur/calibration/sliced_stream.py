@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -18,8 +18,10 @@ from secateur.files import write_tensors
 from secateur.network.anatomy import Block
 from secateur.network.bases import Bases, passing
 from secateur.network.modelling_file import ATTENTION, FEED_FORWARD, passed_parts
+from secateur.network.rotation import stretched
 from secateur.network.source import Source
 from secateur.network.stream import loaded
+from secateur.network.stream_roles import Roles, find_roles
 from secateur.network.verify import stored
 
 
@@ -31,7 +33,8 @@ class SlicedStream(DensePass):
     """The stream on its way through the network, in front of each norm over it; one block in memory.
 
     At each place it is asked which directions stay, and goes on as its part within these alone: through the norm, which
-    divides by all channels, and past the attention or the feed-forward. It goes on from the last place that is decided.
+    divides by all channels as that of the result will, and past the attention or the feed-forward (where both are side by
+    side, past both). It goes on from the last place that is decided.
 
     Args:
         bases: for what is kept.
@@ -73,18 +76,19 @@ class SlicedStream(DensePass):
 
         with self._progress("statistics", left) as bar:
             for block in blocks:
-                first, second = 2 * block.index, 2 * block.index + 1
-                if known(second + 1):
+                first, after = (len(passed_parts(block)) * index for index in (block.index, block.index + 1))
+                if known(after):
                     continue
                 yield from self._ask(first, partial(self._between, block.index), bar)
-                if not known(second) or not self._tokens.done(block.index + 1):
+                if not known(after - 1) or not self._tokens.done(block.index + 1):
                     with loaded(self.source.skeleton, block.parameters, fetch):
-                        yield from self._ask(second, partial(self._inside, block), bar)
+                        if after - first > 1:
+                            yield from self._ask(first + 1, partial(self._inside, block), bar)
                         if not self._tokens.done(block.index + 1):
                             self._tokens.run(block.index, around=partial(self._within, block), write=True)
                 barrier()  # the hidden states of every process are written
                 self._tokens.forget(block.index)
-            yield from self._ask(2 * len(blocks), partial(self._between, len(blocks)), bar)
+            yield from self._ask(self.bases.places - 1, partial(self._between, len(blocks)), bar)
             self._tokens.forget(len(blocks))
 
     def keep(self, basis: Tensor) -> None:
@@ -104,7 +108,7 @@ class SlicedStream(DensePass):
             self._add(seen, given[0], batch)
             raise _SeenEnough
 
-        norm, _ = passed_parts(block)[FEED_FORWARD]
+        [norm], _ = passed_parts(block)[FEED_FORWARD]
         handle = self.source.skeleton.get_submodule(f"{block.path}.{norm}").register_forward_pre_hook(look)
         try:
             with self._within(block, batch, (ATTENTION,)):
@@ -143,17 +147,29 @@ class SlicedStream(DensePass):
         return seen
 
     def _add(self, seen: dict[str, Tensor], states: Tensor, batch: Batch) -> None:
-        rows = self.rows(states, batch).reshape(-1, self.source.anatomy.hidden)
+        rows = self._centred(self.rows(states, batch).reshape(-1, self.source.anatomy.hidden))
         add(seen, "moment", moment(rows))
         add(seen, "tokens", torch.tensor(float(len(rows)), dtype=torch.float64))
 
     @contextmanager
-    def _within(self, block: Block, _: Batch, parts: tuple[str, ...] = (ATTENTION, FEED_FORWARD)) -> Iterator[None]:
+    def _within(self, block: Block, _: Batch, parts: tuple[str, ...] | None = None) -> Iterator[None]:
         """While it is open, parts of a block read, and are added to, what lies in their bases."""
 
         def project(place: int, x: Tensor) -> Tensor:
             basis = self.bases.at(place).to(x)
-            return (x @ basis) @ basis.T
+            return (self._centred(x) @ basis) @ basis.T
 
-        with passing(self.source.skeleton, block, project, lambda _, kept: kept, parts):
+        # first what reads the stream as it is
+        with (
+            passing(self.source.skeleton, block, project, lambda _, kept: kept, parts),
+            stretched(self.source.skeleton, self._roles, self.bases),
+        ):
             yield
+
+    @cached_property
+    def _roles(self) -> Roles:
+        return find_roles(self.source.skeleton, self.source.anatomy, self.source.spec)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        """The stream without what norms subtract from it."""
+        return x - x.mean(dim=-1, keepdim=True) if self._roles.subtracts else x

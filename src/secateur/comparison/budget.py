@@ -226,7 +226,7 @@ def _by_trying(recipe: Recipe, index: int, near: "_Near", blocks: int) -> tuple[
         # is taken, so that steps in between cost no more than halving twice
         share = 0.5 if halve else (sizes[low] - near.wanted) / max(sizes[low] - sizes.get(high, 0), 1)
         middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
-        # widths that no configuration can say are refused, as is what leaves nothing: the next place that can be is taken
+        # numbers of heads that no configuration can say are refused, as is what leaves nothing: the next place is taken
         tries = ((tried, near.tried(foreseen(tried))) for tried in _around(middle, low, high))
         middle, found = next(((tried, found) for tried, found in tries if found is not None), (middle, None))
         if found is None:

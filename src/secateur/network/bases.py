@@ -1,8 +1,8 @@
 """The directions of the residual stream that stay, place by place, in files; and the stream as it passes a block's parts.
 
-Places are counted as in `rotation.py`. A block adds what a part gives to the stream x that the part's norm has read. Where
-the next place has another basis, the stream has to be turned on its way past the part: that is done from outside, by adding
-to what the part gives.
+Places are counted as in `rotation.py`: a block has as many as parts that the stream passes one after the other. It adds
+what a part gives to the stream x that the part's norm has read. Where the next place has another basis, the stream has to be
+turned on its way past the part: that is done from outside, by adding to what the part gives.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secateur.errors import RunError
 from secateur.files import read_tensors, write_tensors
 from secateur.network.anatomy import Block
-from secateur.network.modelling_file import ATTENTION, FEED_FORWARD, passed_parts
+from secateur.network.modelling_file import passed_parts
 
 _HELD = 3  # what one block needs: its two places and the next
 
@@ -96,14 +96,14 @@ def passing(
     block: Block,
     read: Change | None,
     past: Change,
-    parts: Sequence[str] = (ATTENTION, FEED_FORWARD),
+    parts: Sequence[str] | None = None,
 ) -> Iterator[None]:
     """While it is open, the stream changes where it passes a part of a block.
 
     Args:
-        read: what the norm in front of the part at a place reads, of the stream there; by default the stream itself.
+        read: what the norms in front of the part at a place read, of the stream there; by default the stream itself.
         past: what the part is added to instead of that stream, made of what the norm reads.
-        parts: which of them.
+        parts: which of them, by default all.
     """
     streams: dict[int, tuple[Tensor, Tensor]] = {}
     handles = []
@@ -126,11 +126,13 @@ def passing(
         return hook
 
     try:
-        for number, (name, (norm, part)) in enumerate(passed_parts(block).items()):
-            place = 2 * block.index + number
-            if name not in parts:
+        passed = passed_parts(block)
+        for number, (name, (norms, part)) in enumerate(passed.items()):
+            place = len(passed) * block.index + number
+            if parts is not None and name not in parts:
                 continue
-            handles.append(model.get_submodule(f"{block.path}.{norm}").register_forward_pre_hook(given(place)))
+            for norm in norms:
+                handles.append(model.get_submodule(f"{block.path}.{norm}").register_forward_pre_hook(given(place)))
             handles.append(model.get_submodule(f"{block.path}.{part}").register_forward_hook(added(place)))
         yield
     finally:

@@ -4,7 +4,7 @@ Found by building the architecture with a narrower stream: what shrinks has a nu
 size meanwhile, so an architecture whose configuration ties the two is refused.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,12 +18,14 @@ from secateur.errors import RequestError
 from secateur.network.anatomy import Anatomy
 from secateur.network.examine import anatomy
 from secateur.network.modelling_file import is_turned
+from secateur.network.norms import centres
 from secateur.network.parts import Part
 from secateur.network.probe import norm_roles
 from secateur.network.source import Source
 from secateur.network.store import Entry, build, config_entries, raw_config, set_entry
 from secateur.network.stream import observe
-from secateur.network.trace import clone
+from secateur.network.stream_roles import find_roles
+from secateur.network.widths import round_width
 
 
 @dataclass(frozen=True)
@@ -84,33 +86,96 @@ def find_channels(source: Source) -> Channels:
     )
 
 
+def turned_channels(source: Source) -> Channels:
+    """Where the channels lie, for a stream that is turned from place to place: where the configuration cannot say fewer, the
+    file of code that such a network brings does, and there are no `entries`. Raises RequestError where it cannot be turned.
+    """
+    if is_turned(source.anatomy):
+        return find_channels(source)  # which says why not
+    roles = find_roles(source.skeleton, source.anatomy, source.spec)
+    try:
+        return find_channels(source)
+    except RequestError:
+        return Channels(source.anatomy.hidden, (), {}, roles.dims, tuple(roles.norms))
+
+
 def channels_config(source: Source, channels: Channels, raw: Mapping[str, Any], kept: int) -> dict[str, Any]:
     """A configuration, which may have other widths than the source by now, that says `kept` channels.
 
-    Raises RequestError, naming numbers of channels that could be, when the architecture cannot be built so.
+    Raises RequestError, naming a number of channels that could be, when the architecture cannot be built so.
     """
-    whole = build(source, raw)
-    assert whole is not None, "what is to be narrowed could be built"
-    wanted = {name: list(shape) for name, shape in _shapes(whole).items()}
-
-    def says(count: int) -> dict[str, Any] | None:
-        changed = channels.narrowed(raw, count)
-        narrow = build(source, changed)
-        shapes = {
-            name: tuple(count if dim in channels.dims.get(name, ()) else size for dim, size in enumerate(shape))
-            for name, shape in wanted.items()
-        }
-        return changed if narrow is not None and _shapes(narrow) == shapes else None
-
-    if (found := says(kept)) is not None:
-        return found
-    others = [count for step in range(1, 65) for count in (kept - step, kept + step) if 0 < count < channels.count]
-    near = next((count for count in others if says(count) is not None), None)
+    says = _sayer(source, channels, raw)
+    if says(kept):
+        return channels.narrowed(raw, kept)
+    near = next(filter(says, _outward(kept, channels.count)), None)
     instead = f", but it could say {near}; choose a ratio or multiple_of that gives it" if near else ""
     raise RequestError(
         f"the configuration of {type(source.skeleton).__name__} cannot say {kept} of {channels.count} channels for "
         f"{source.spec}{instead}."
     )
+
+
+def sayable_channels(source: Source, channels: Channels, raw: Mapping[str, Any], kept: int) -> bool:
+    """Whether a configuration, which may have other widths than the source by now, can say so many channels."""
+    return _sayer(source, channels, raw)(kept)
+
+
+def nearest_channels(
+    source: Source,
+    channels: Channels,
+    raw: Mapping[str, Any],
+    ratio: float,
+    multiple_of: int = 1,
+    of: int | None = None,
+) -> int:
+    """How many channels stay at a ratio: of the two multiples around it the nearer that the configuration can say; where it
+    can say neither, the number that it can say nearest to the one `round_width` gives. Among equally near ones the larger.
+
+    It may lie on either side of what was asked for, as rounded widths do.
+
+    Args:
+        raw: the configuration so far, which may have other widths than the source.
+        of: how many channels there are, by default all of the source.
+
+    Raises RequestError where it can say no other number.
+    """
+    of = of or channels.count
+    rounded = round_width(of, ratio, multiple_of)
+    if rounded == of:
+        return of
+    tries = [rounded]
+    if rounded % multiple_of == 0:
+        exact, below = (1 - ratio) * of, int((1 - ratio) * of / multiple_of) * multiple_of
+        tries = sorted((below + multiple_of, below), key=lambda width: abs(width - exact))
+    says = _sayer(source, channels, raw)
+    tries = [width for width in [*tries, *_outward(rounded, of)] if 0 < width < of]
+    if (found := next(filter(says, tries), None)) is not None:
+        return found
+    channels_config(source, channels, raw, rounded)  # which says why not
+    return rounded
+
+
+def _outward(width: int, of: int) -> list[int]:
+    """Numbers below `of`, the nearest to `width` first, of two as near the larger."""
+    return sorted(range(1, of), key=lambda other: (abs(other - width), -other))
+
+
+def _sayer(source: Source, channels: Channels, raw: Mapping[str, Any]) -> Callable[[int], bool]:
+    """Tells whether a network of so many channels can be built, and differs from what `raw` gives in nothing else."""
+    if not channels.entries:  # a file of code says it
+        return lambda count: True
+    whole = build(source, raw)
+    assert whole is not None, "what is to be narrowed could be built"
+    shapes = _shapes(whole)
+
+    def says(count: int) -> bool:
+        narrow = build(source, channels.narrowed(raw, count))
+        return narrow is not None and _shapes(narrow) == {
+            name: tuple(count if dim in channels.dims.get(name, ()) else size for dim, size in enumerate(shape))
+            for name, shape in shapes.items()
+        }
+
+    return says
 
 
 def stored_channels(source: Source, channels: Channels) -> dict[str, tuple[int, ...]]:
@@ -222,14 +287,6 @@ def norms_over(model: nn.Module, channels: Channels, kept: Tensor) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
-
-
-def centres(module: nn.Module, width: int) -> bool:
-    """Whether a norm subtracts the mean: its output does not change when every channel grows by the same number."""
-    twin = clone(module, lambda tensor: torch.ones(tensor.shape), lambda buffer: buffer)
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return bool((twin(x + 1) - twin(x)).abs().max() < 1e-3)
 
 
 def _candidates(source: Source, raw: Mapping[str, Any]) -> Iterator[Channels]:

@@ -30,7 +30,7 @@ from secateur.network.modelling_file import (
     plain_config,
     shortcut_names,
 )
-from secateur.network.recognise import join, matrices, signature
+from secateur.network.recognise import STREAM, join, matrices, signature
 
 if TYPE_CHECKING:
     from secateur.network.source import Source
@@ -66,13 +66,17 @@ class BlockShape:
 _OURS = ("skip", "shortcuts")
 
 
-def heterogeneous_config(source: "Source", raw: Mapping[str, Any], shapes: Mapping[int, BlockShape]) -> dict[str, Any]:
+def heterogeneous_config(
+    source: "Source", raw: Mapping[str, Any], shapes: Mapping[int, BlockShape], stream: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """A config.json that says what each block has; `modelling_file.model_files` gives the code that goes with it.
 
     Args:
         source: the model so far, whose blocks may differ already.
         raw: its config.json.
         shapes: what becomes of blocks, by index; those left out stay.
+        stream: what becomes of the residual stream where its width, or what its norms are, has to be said by code; by
+            default what `raw` says.
 
     Raises RequestError when a shape is impossible, or the architecture could not be opened with it.
     """
@@ -100,8 +104,12 @@ def heterogeneous_config(source: "Source", raw: Mapping[str, Any], shapes: Mappi
         for name in block.parameters:
             del wanted[name]
         wanted |= {join(block.path, name): size for name, size in inside.items()}
-    changed = plain_config(raw)
-    if any(said.values()) and not any(set(own) - {*_OURS} for own in said.values()):
+    changed, stream = plain_config(raw), stream or raw.get(STREAM)
+    if stream:
+        wanted = _turned(plain, wanted, stream)
+    # a stream of another width than the plain architecture's fits no tensor of it
+    fits = not stream or stream["width"] == plain.anatomy.hidden
+    if fits and any(said.values()) and not any(set(own) - {*_OURS} for own in said.values()):
         changed |= _guard(plain, changed, targets, said)
     for own in said.values():
         # an entry that only blocks know: the width of a head, which is the same everywhere
@@ -114,6 +122,8 @@ def heterogeneous_config(source: "Source", raw: Mapping[str, Any], shapes: Mappi
         # architectures read entries of all blocks when they check a configuration, where one number must stand
         "allow_global_per_layer_attribute_access": True,
     }
+    if stream:
+        changed[STREAM] = dict(stream)
     _check(plain, changed, wanted)
     return changed
 
@@ -366,7 +376,7 @@ def _guard(
             # nothing could be seen of such a model's parts
             wider = frame({**raw, **entries}, type(plain.config))
             assert wider is not None, "of the same class"
-            if (wider.parts, wider.shortcuts) == (plain.parts, plain.shortcuts):
+            if (wider.parts, wider.shortcuts, wider.stream) == (plain.parts, plain.shortcuts, plain.stream):
                 right = {name: getattr(plain.config, name) for name in entries if hasattr(plain.config, name)}
                 said.update({index: {**right, **own} for index, own in said.items()})
                 return entries
@@ -374,6 +384,23 @@ def _guard(
         f"blocks of {plain.whole.__name__} that lack a part could be taken for whole ones by somebody who loads the result "
         "without its code, because its configuration sets neither widths nor heads; keep every part."
     )
+
+
+def _turned(plain: Frame, shapes: Shapes, stream: Mapping[str, Any]) -> Shapes:
+    """Shapes of parameters with another residual stream; `shapes` gives those of the architecture."""
+    width, found = stream["width"], dict(shapes)
+    regions = [(plain.stream["block"], f"{block.path}.") for block in plain.anatomy.blocks]
+    for where, prefix in [*regions, (plain.stream["outside"], "")]:
+        for name, dim in where["dims"].items():
+            if (size := found.get(prefix + name)) is not None:
+                found[prefix + name] = (*size[:dim], width, *size[dim + 1 :])
+        for path in where["norms"] if stream["centred"] else ():
+            found = {name: size for name, size in found.items() if name.rpartition(".")[0] != prefix + path}
+            found[f"{prefix}{path}.weight"] = (width,)
+        for path in where["readers"] if stream["centred"] else ():
+            if (size := found.get(f"{prefix}{path}.weight")) is not None:
+                found.setdefault(f"{prefix}{path}.bias", (size[1 - where["dims"][f"{path}.weight"]],))
+    return {name: (width, width) if name.endswith(SHORTCUT) else size for name, size in found.items()}
 
 
 def _shapes(module: nn.Module) -> Shapes:

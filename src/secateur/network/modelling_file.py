@@ -24,7 +24,8 @@ from transformers import PretrainedConfig
 from secateur.errors import RequestError
 from secateur.network.anatomy import Anatomy, Block
 from secateur.network.examine import anatomy
-from secateur.network.recognise import signature
+from secateur.network.recognise import STREAM, signature
+from secateur.network.stream_roles import find_roles, norms_before
 from secateur.network.trace import Call, trace
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ PREFIX = "Heterogeneous"
 BLOCK, ATTENTION, FEED_FORWARD = "block", "attention", "feed_forward"
 SHORTCUT = "_shortcut.weight"  # how the names of matrices beside parts end
 # what config.json of such a model has beside the entries of its architecture
-_ENTRIES = ("per_layer_config", "auto_map", "allow_global_per_layer_attribute_access")
+_ENTRIES = ("per_layer_config", "auto_map", "allow_global_per_layer_attribute_access", STREAM)
 # how a block of an architecture may be built
 _ARGUMENTS = {
     "layer, index": lambda kind, config, index: kind(config, index),
@@ -151,9 +152,42 @@ class Frame:
 
     @cached_property
     def shortcuts(self) -> dict[str, tuple[str, str]]:
-        """The norm in front of each part inside a block, and the part's module; none where blocks differ in that."""
+        """A norm in front of each part inside a block, and the module whose output is added behind it; none where blocks
+        differ in that.
+        """
         found = [passed_parts(block) for block in self.anatomy.blocks]
-        return found[0] if all(each == found[0] for each in found) else {}
+        alike = all(each == found[0] for each in found)
+        return {part: (norms[0], module) for part, (norms, module) in found[0].items()} if alike else {}
+
+    @cached_property
+    def stream(self) -> dict[str, dict[str, Any]]:
+        """Where the residual stream lies in a block and outside of blocks: the dimension along which each parameter has a
+        number for each channel, the norms over it, and the modules that read it behind norms with a bias. Nothing where that
+        is not known, or blocks differ in it.
+        """
+        nothing: dict[str, Any] = {"dims": {}, "norms": [], "readers": []}
+        try:
+            roles = find_roles(self.model, self.anatomy, self.whole.__name__)
+        except RequestError as error:
+            logger.debug("the stream of %s cannot be turned: %s", self.whole.__name__, error)
+            return {"block": nothing, "outside": nothing}
+        readers = [name.rpartition(".")[0] for name in roles.biases]
+        found: dict[str, dict[str, Any]] = {}
+        for path in [*(block.path + "." for block in self.anatomy.blocks), ""]:
+            inside = tuple(f"{block.path}." for block in self.anatomy.blocks)
+
+            def here(name: str, path: str = path, inside: tuple[str, ...] = inside) -> bool:
+                return name.startswith(path) if path else not name.startswith(inside)
+
+            found[path] = {
+                "dims": {name[len(path) :]: dims[0] for name, dims in roles.dims.items() if here(name)},
+                "norms": [name[len(path) :] for name in roles.norms if here(name)],
+                "readers": list(dict.fromkeys(name[len(path) :] for name in readers if here(name))),
+            }
+        outside = found.pop("")
+        block = next(iter(found.values()))
+        alike = all(each == block for each in found.values())
+        return {"block": block, "outside": outside} if alike else {"block": nothing, "outside": nothing}
 
     def render(self) -> str:
         """The file. Raises RequestError for an architecture that it could not serve."""
@@ -174,6 +208,8 @@ class Frame:
             blocks_of_body=path.removeprefix(f"{self.model.base_model_prefix}."),
             parts=json.dumps(self.parts),
             shortcuts=json.dumps(self.shortcuts),
+            stream=json.dumps(self.stream),
+            base=self.model.base_model_prefix,
             arguments=self.arguments,
         )
 
@@ -202,22 +238,27 @@ def part_modules(block: Block, part: str) -> tuple[str, ...]:
     return tuple(name[inside:].rpartition(".")[0] for name in names)
 
 
-def passed_parts(block: Block) -> dict[str, tuple[str, str]]:
-    """The parts that the stream passes one after the other, each as the paths in the block of the norm that reads the stream
-    in front of it and of the module whose output is added to the stream; none where that is not known.
+def passed_parts(block: Block) -> dict[str, tuple[tuple[str, ...], str]]:
+    """The parts that the stream passes one after the other, each as the paths in the block of the norms that read the stream
+    in front of it and of the module whose output is added to the stream; none where that is not known. Attention and
+    feed-forward side by side are passed as one, the whole block.
     """
     layer, attention = block.feed_forward, block.attention
-    modules = {part: part_modules(block, part) for part in (ATTENTION, FEED_FORWARD)}
-    alone = all(len(paths) == 1 for paths in modules.values())
-    if not layer or not attention or not layer.norm_module or block.parallel is not False or not alone:
-        return {}
-    norms = {name.rpartition(".")[0] for name in block.norms if not name.startswith(f"{attention.module}.")}
-    before = norms - {layer.norm_module}
-    if len(before) != 1 or layer.norm_module not in norms:
+    before = norms_before(block, block.norms)
+    if before is None or not layer or not attention or attention.module == block.path or block.experts:
         return {}
     inside = len(block.path) + 1
-    found = {ATTENTION: before.pop(), FEED_FORWARD: layer.norm_module}
-    return {part: (norm[inside:], modules[part][0]) for part, norm in found.items()}
+    norms = [path[inside:] for path in before]
+    # of a layer whose matrices stand in the block itself the last one gives what is added
+    added = layer.module if layer.module != block.path else layer.down.parameter.rpartition(".")[0]
+    if block.parallel:
+        return {BLOCK: (tuple(dict.fromkeys(norms[::-1])), added[inside:])}
+    return {ATTENTION: ((norms[0],), attention.module[inside:]), FEED_FORWARD: ((norms[1],), added[inside:])}
+
+
+def places_of(anatomy: Anatomy) -> int:
+    """How many places there are where norms read the stream: one in front of each part that it passes, and the last."""
+    return sum(len(passed_parts(block)) or 2 for block in anatomy.blocks) + 1
 
 
 def shortcut_names(block: Block) -> dict[str, str]:

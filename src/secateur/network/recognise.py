@@ -133,12 +133,16 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return join(prefix, path), found[path]
 
 
+STREAM = "residual_stream"
+"""The entry of the configuration of a model of ours whose stream is not as wide as its architecture says."""
+
+
 def hidden_size(blocks: nn.ModuleList, config: Any) -> int:
     """Width of the residual stream: the config's number if matrices have it, else the size most matrices share."""
     sizes: Counter[int] = Counter()
     for matrix in matrices(blocks):
         sizes.update({matrix.inputs, matrix.outputs})
-    proposed = getattr(config, "hidden_size", None)
+    proposed = (getattr(config, STREAM, None) or {}).get("width") or getattr(config, "hidden_size", None)
     if isinstance(proposed, int) and proposed in sizes:
         return proposed
     return sizes.most_common(1)[0][0]

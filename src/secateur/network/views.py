@@ -4,17 +4,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from secateur.errors import RequestError
-from secateur.network.anatomy import AXES, NEURON_AXES, Axis, FeedForward, Group, Slice
+from secateur.network.anatomy import AXES, NEURON_AXES, Axis, CutAxis, FeedForward, Group, Slice
 from secateur.network.bases import Bases
-from secateur.network.channels import find_channels
+from secateur.network.channels import find_channels, nearest_channels, sayable_channels, turned_channels
 from secateur.network.shapes import Shapes
 from secateur.network.source import Source
+from secateur.network.store import resized_config
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,34 @@ class Network(Sequence[UnitsT]):
     def counter(self, channels: bool = False) -> Shapes:
         """Counts the parameters of the network with other widths. Raises RequestError where `channels` cannot be cut."""
         return Shapes(self._source, find_channels(self._source) if channels else None)
+
+    def channels(
+        self, ratio: float, multiple_of: int, keep: Mapping[CutAxis, int] | None = None, turned: bool = False
+    ) -> int:
+        """How many channels stay where a fraction of them goes: see `nearest_channels`.
+
+        Args:
+            keep: how many units of other kinds every block is left with.
+            turned: whether the stream is to be turned from place to place.
+
+        Raises RequestError where channels cannot be cut.
+        """
+        channels = turned_channels(self._source) if turned else find_channels(self._source)
+        return nearest_channels(self._source, channels, self._resized(keep or {}), ratio, multiple_of)
+
+    def can_be(self, keep: Mapping[CutAxis, int]) -> bool:
+        """Whether the configuration can say so many units of every block, channels among them."""
+        try:
+            raw = self._resized(keep)
+        except RequestError:
+            return False
+        count = keep.get("channels")
+        return count is None or sayable_channels(self._source, find_channels(self._source), raw, count)
+
+    def _resized(self, keep: Mapping[CutAxis, int]) -> dict[str, Any]:
+        blocks = self._source.anatomy.blocks
+        sizes = {axis: {b.index: keep[axis] for b in blocks if b.group(axis)} for axis in AXES if axis in keep}
+        return resized_config(self._source, sizes)
 
     def __len__(self) -> int:
         return len(self._units)

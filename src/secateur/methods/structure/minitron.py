@@ -100,7 +100,8 @@ def minitron(
         batch: how over sequences.
         response: of a neuron: activation is what the output matrix is given, product what the first matrix gives.
         residuals: heads that stay take over what those that go differ by, for retraining afterwards.
-        multiple_of: neurons and channels kept are rounded to the nearest multiple of this where the ratio allows it.
+        multiple_of: neurons and channels kept are rounded to the nearest multiple of this where the ratio allows it, and
+            channels to what the configuration can say.
     """
     scores: dict[CutAxis, list[Tensor]] = {
         "neurons": [
@@ -115,10 +116,14 @@ def minitron(
     scores = {name: found for name, found in scores.items() if name in axis}
     if target is None:
         shares = {name: (ratios or {}).get(name, ratio) for name in scores}
-        keep = {
+        keep: dict[CutAxis, list[int]] = {
             name: [round_width(len(s), shares[name], 1 if name == "heads" else multiple_of) for s in found]
             for name, found in scores.items()
+            if name != "channels"
         }
+        if "channels" in scores:
+            others = {name: kept[0] for name, kept in keep.items() if kept}
+            keep["channels"] = [network.channels(shares["channels"], multiple_of, others)]
     else:
         shape = _shape(network, scores, target, multiple_of, context)
         keep = {name: [shape[name]] * len(found) for name, found in scores.items()}
@@ -174,7 +179,8 @@ def _shape(
     # a budget is kept to if it can be
     within = [each for each in near if each[0] <= wanted] or near
     near.sort(key=lambda each: -each[1])
-    chosen = max(within, key=lambda each: each[1])
+    within = [each for each in near if each in within]
+    chosen = next((each for each in within if network.can_be(each[2])), within[0])
     listed = [{"parameters": c, "scores kept": round(s, 4), **w} for c, s, w in near[:LISTED]]
     context.note("shapes", {"wanted": round(wanted), "of": len(near), "candidates": listed, "chosen": chosen[2]})
     return chosen[2]

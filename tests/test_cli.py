@@ -42,6 +42,17 @@ def test_a_dry_run_writes_nothing_and_says_so(model: Make, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("method", "setting"), [("adapt_pruner", "overall=0.3"), ("bonsai", "uniform=false"), ("minitron", "target=0.8")]
+)
+def test_a_dry_run_says_what_it_cannot_foretell(method: str, setting: str, model: Make, tmp_path: Path) -> None:
+    told = compress(
+        model("llama"), tmp_path / "out", "--dry-run", "--set", setting, "--calibration", "self", "--samples", 2,
+        "--length", 8, method=method,
+    )  # fmt: skip
+    assert told.code == 0 and f"what {method} cuts, so these are upper bounds" in told.out
+
+
+@pytest.mark.parametrize(
     ("name", "options"),
     [
         ("llama", {}),

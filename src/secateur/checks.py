@@ -23,6 +23,7 @@ from secateur.units import (
     Left,
     Sizes,
     asked_axes,
+    asked_channels,
     cuts_channels,
     planned_channels,
     planned_sizes,
@@ -49,6 +50,7 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Le
     count = len(network.blocks)
     other_vocabulary = False
     left_channels: int | None = None
+    undecided: list[str] = []
     uneven: Step | None = None  # the first that leaves blocks that differ
     fewer_parts: dict[str, int] = {}  # in how many blocks earlier steps remove a part
     for number, step in enumerate(steps):
@@ -91,6 +93,8 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Le
             queries = {i: n // present["heads"][i] * planned["heads"][i] for i, n in sizes["queries"].items()}
             sizes = {**sizes, "queries": queries}
         sizes |= planned or {}
+        if planned is None and asked_channels(step) is None:
+            undecided.append(step.method)
         uneven = uneven or (step if _leaves_uneven(source, step, planned or {}) else None)
         if planned and step.parameters.get("allocation") and saved:
             resized_config(
@@ -125,7 +129,7 @@ def check_steps(source: Source, steps: Sequence[Step], saved: bool = True) -> Le
                     raw = heterogeneous_config(source, raw, every, stream)
             if dims := told.get("head_dims"):
                 check_head_dims(source, raw, next(iter(dims.values())), own="head_dims" in present)
-    return Left(sizes, left_channels)
+    return Left(sizes, left_channels, tuple(undecided))
 
 
 def _check_bases(source: Source, before: Sequence[Step], step: Step) -> None:

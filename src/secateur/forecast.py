@@ -202,6 +202,7 @@ def _needs(
     return {
         "parameters": total,
         "parameters_after": total - sum(removed.values()),
+        "undecided": list(remaining.undecided),  # methods whose cuts are not in these numbers
         "blocks": {"kept": left, "of": count} if left < count else None,
         "parts": parts,
         "vocabulary": {"kept": original.anatomy.vocabulary - rows, "of": original.anatomy.vocabulary} if rows else None,

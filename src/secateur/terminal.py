@@ -71,6 +71,10 @@ def print_forecast(said: dict[str, Any]) -> None:
             highlight=False,
         )
     after = said["parameters_after"]
+    if undecided := said["undecided"]:
+        console.print(
+            f"decided in the run: what {' and '.join(undecided)} cuts, so these are upper bounds:", highlight=False
+        )
     if after == said["parameters"]:
         console.print(f"parameters: {after:,}, as many as before", highlight=False)
     else:

@@ -33,11 +33,13 @@ WORDS: dict[Axis, str] = {
 class Left:
     """What is left of a network behind the steps of a recipe, as far as steps have a `ratio` to tell it by.
 
-    sizes: units of each kind, by block. channels: of the residual stream, None where all stay.
+    sizes: units of each kind, by block. channels: of the residual stream, None where all stay. undecided: methods that find
+        out in the run how many units go.
     """
 
     sizes: Sizes = field(default_factory=dict)
     channels: int | None = None
+    undecided: tuple[str, ...] = ()
 
 
 def asked_axes(step: Step) -> tuple[Axis, ...]:

@@ -101,6 +101,14 @@ def test_the_dtype_is_kept(model: Make, cut: Callable, dtype: torch.dtype) -> No
     assert AutoModelForCausalLM.from_pretrained(result).dtype == dtype
 
 
+def test_angles_are_computed_in_float32_whatever_the_weights_are(model: Make) -> None:
+    """GPT-J's constructor computes them in the dtype of the weights, a plain load in float32 does not."""
+    half, whole = (open_model(model("gptj", dtype=dtype)).skeleton for dtype in (torch.bfloat16, torch.float32))
+    buffers = dict(half.named_buffers())
+    assert buffers and all(torch.equal(buffers[name], buffer) for name, buffer in whole.named_buffers())
+    assert half.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_another_dtype_is_honoured(model: Make, cut: Callable, dtype: str) -> None:
     source = model("llama", dtype=torch.float16)

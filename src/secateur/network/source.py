@@ -64,6 +64,8 @@ class Source:
             raise RequestError(
                 f"transformers cannot build a language model from the configuration of {self.spec}: {line(error)}"
             ) from error
+        if model.dtype in _HALF:
+            _replace(model, _buffers_in_float32(self.config, self.trust_remote_code))
         # some are learned, such as the bias by which experts are chosen
         buffers = dict(model.named_buffers())
         for name, key in stored_buffers(model, self.tensors).items():
@@ -313,19 +315,37 @@ def _with_precise_buffers(model: nn.Module, config: PretrainedConfig, trust_remo
     rounded = {
         name: buffer
         for name, buffer in model.named_buffers()
-        if name not in stored and buffer.dtype in (torch.float16, torch.bfloat16)
+        if name not in stored and buffer.dtype in _HALF
     }
     if rounded:
         try:
-            fresh = dict(skeleton(deepcopy(config), trust_remote_code).named_buffers())
+            fresh = _buffers_in_float32(config, trust_remote_code)
         except Exception as error:  # a module of one's own need not be what its configuration says
             logger.debug("buffers stay as they are: %s", error)
             return model
-        for name, buffer in rounded.items():
-            if name in fresh and fresh[name].shape == buffer.shape:
-                path, _, attribute = name.rpartition(".")
-                model.get_submodule(path)._buffers[attribute] = fresh[name]
+        _replace(model, {name: buffer for name, buffer in fresh.items() if name in rounded})
     return model
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _buffers_in_float32(config: PretrainedConfig, trust_remote_code: bool) -> dict[str, torch.Tensor]:
+    """A model's buffers, computed in float32: some architectures compute angles in the dtype of the weights."""
+    config = deepcopy(config)
+    config.dtype = torch.float32
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            part.dtype = torch.float32
+    return dict(skeleton(config, trust_remote_code).named_buffers())
+
+
+def _replace(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Puts buffers in the place of those of the same name and shape."""
+    for name, buffer in list(model.named_buffers()):
+        if name in buffers and buffers[name].shape == buffer.shape:
+            path, _, attribute = name.rpartition(".")
+            model.get_submodule(path)._buffers[attribute] = buffers[name]
 
 
 def conversion_dtype(place: Place, config: PretrainedConfig) -> torch.dtype:

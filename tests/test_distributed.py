@@ -118,7 +118,7 @@ def test_what_two_began_one_may_end(model: Make, alone: Callable, clean: CleanPr
     assert outcomes.promised(tmp_path / "out") == alone("random_units", {}, shard_bytes=1)
 
 
-# Methods that learn from text: the tokens are shared out, so sums are added in another order than by one process.
+# Methods that learn from text: the tokens are shared out, half to each process; one process adds its halves last too.
 CALIBRATED = """
 import os, signal, sys, torch, secateur
 from secateur.context import process_group, processes
@@ -184,6 +184,8 @@ def test_two_processes_calibrate_like_one(
         if plan.steps[0].method == "magnitude":
             assert outcomes.promised(Path(output)) == outcomes.promised(alone)
             continue
+        if plan.steps[0].method != "pruner_zero":  # gradients are summed in another order
+            assert outcomes.promised(Path(output)) == outcomes.promised(alone), output
         assert masks_equal(Path(output), alone) >= 0.999, output
         there, here = (
             json.loads((path / "secateur.json").read_text())["decisions"][0] for path in (Path(output), alone)

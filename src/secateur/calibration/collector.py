@@ -22,6 +22,9 @@ from secateur.context import processes
 from secateur.errors import RequestError, RunError
 from secateur.network.matrices import MatrixRef, view
 
+IN_HALVES = 4096
+"""Width of inputs up to which the first and the second half of the calibration batches are summed apart and then added, which
+is what two processes do: both then write the same bytes. Above it a second Gram matrix would take too much memory."""
 ROWS = 256  # inputs kept of each point for the error on calibration and on held-out tokens
 
 
@@ -92,6 +95,7 @@ class Collector:
         self._dense: dict[str, Tensor] = {}
         self._alias: dict[str, str] = {}
         self._sums: dict[str, Sums] = {}
+        self._halves: dict[str, dict[int, Sums]] = {}
         self._uncounted: dict[str, list[tuple[Batch, Tensor, Tensor | None]]] = {}
         self._complete: dict[str, Statistics] = {}
         self._kept: dict[tuple[str, bool], list[Tensor]] = {}
@@ -166,6 +170,8 @@ class Collector:
         """
         for point in list(self._uncounted):
             self._count_late(point)
+        for point in list(self._halves):
+            self._join(point)
         self._merge()
         for parameter, names in self._certain.items():
             if not any(self._alias.get(name, name) in self._sums for name in names):
@@ -185,6 +191,7 @@ class Collector:
         """The statistics of an input once all batches of this process have given theirs."""
         if point not in self._complete:
             self._count_late(point)
+            self._join(point)
             sums = self._sums.get(point, UNSEEN.sums)
             sums.finish()
             if not sums.finite:
@@ -232,9 +239,18 @@ class Collector:
     def _count(self, point: str, batch: Batch, rows: Tensor, gates: Tensor | None, dense: Tensor | None = None) -> None:
         self._keep(point, batch, rows)
         if not batch.held_out:
-            if point not in self._sums:
-                self._sums[point] = Sums(self._wanted, rows.shape[1], rows.device)
-            self._sums[point].add(rows, gates, dense)
+            halves, half = self._halves.setdefault(point, {}), batch.half if rows.shape[1] <= IN_HALVES else 0
+            if half not in halves:
+                halves[half] = Sums(self._wanted, rows.shape[1], rows.device)
+            halves[half].add(rows, gates, dense)
+
+    def _join(self, point: str) -> None:
+        """Adds the two halves of what this process has seen, as two processes add theirs."""
+        for _, sums in sorted(self._halves.pop(point, {}).items()):
+            if point in self._sums:
+                self._sums[point].merge(sums)
+            else:
+                self._sums[point] = sums
 
     def _count_late(self, point: str) -> None:
         for batch, rows, gates in sorted(self._uncounted.pop(point, []), key=lambda seen: seen[0].index):

@@ -42,12 +42,14 @@ class Batch:
         ids: (sequences, tokens) token ids.
         start: tokens of this process's batches before it: where its hidden states lie.
         held_out: for reports alone.
+        half: of the calibration batches: 0 of the first half, 1 of the second, which two processes would share out so.
     """
 
     index: int
     ids: Tensor
     start: int
     held_out: bool
+    half: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,12 @@ class Propagation:
         self.batches: list[Batch] = []
         start = 0
         # whole batches are shared out, so that a process computes the same numbers for them as a single one would
-        for index, (ids, held_out) in enumerate(_batches(samples, tokens)):
-            if index % world == rank:
-                self.batches.append(Batch(index, ids, start, held_out))
+        every = list(_batches(samples, tokens))
+        counted = sum(not held_out for _, held_out in every)
+        for index, (ids, held_out) in enumerate(every):
+            # neighbours together, so that two processes count what a single one counts in each half
+            if rank == (index % world if held_out else index * world // counted):
+                self.batches.append(Batch(index, ids, start, held_out, 0 if held_out else index * 2 // counted))
                 start += ids.numel()
         self._calls: list[list[tuple[Any, Any]]] = []
         self._as_tuple = False  # whether blocks give their hidden states inside a tuple

@@ -200,7 +200,7 @@ def test_where_blocks_may_differ_the_parameters_asked_for_go_and_each_keeps_one(
         assert units.size * units.count == sum(tiny.make("llama").get_parameter(name).numel() for name in tensors)
 
 
-@pytest.mark.parametrize(("ratio", "per_round"), [(0.8, 0.05), (0.9, 0.25), (0.97, 1.0)])
+@pytest.mark.parametrize(("ratio", "per_round"), [(0.8, 0.2), (0.97, 1.0)])
 def test_most_of_the_units_can_go_where_blocks_may_differ(ratio: float, per_round: float) -> None:
     """Each round removes a part of what there was, and few units are left for the last ones to choose among."""
     network, evaluator = planted()

@@ -27,6 +27,7 @@ from secateur.calibration.statistics import (
     GatedNorms,
     Gradients,
     Gram,
+    HeldOutInputs,
     InputNorms,
     Moments,
 )
@@ -282,6 +283,9 @@ NEEDS: dict[type, Need] = {
     Gram: Need("any", (), "second moment of the inputs of the matrix", TEXT, beside=_READERS),
     CrossGram: Need(
         "any", (), "inputs in the dense network against those behind compressed layers", TEXT, beside=_READERS
+    ),
+    HeldOutInputs: Need(
+        "any", (), "some inputs of the matrix on held-out tokens, to judge by", TEXT, beside=(Units,)
     ),
     Gradients: Need(
         "any", (), "squared gradients of the loss (the whole model in memory)", _GRADIENTS, beside=(Weight,)

@@ -41,7 +41,7 @@ class Batch:
     Args:
         ids: (sequences, tokens) token ids.
         start: tokens of this process's batches before it: where its hidden states lie.
-        held_out: for reports alone.
+        held_out: to judge by, never to solve on.
     """
 
     index: int

@@ -396,6 +396,9 @@ def test_what_is_written_is_compared_with_the_uncut_network(
         ({"minimum": 0}, "greater than or equal to 1"),
         ({"multiple_of": 0}, "greater than or equal to 1"),
         ({"by": "language"}, "by='language' was refused"),
+        ({"by": "script", "scripts": ["LATN"]}, "no letter's Unicode name begins with LATN. Did you mean 'LATIN'"),
+        ({"by": "script", "scripts": ["LATIN", "KLINGON"]}, "no letter's Unicode name begins with KLINGON"),
+        ({"by": "script", "scripts": []}, "scripts"),
     ],
 )
 def test_wrong_parameters(given: dict, what: str, model: Make, run: Callable, tmp_path: Path) -> None:

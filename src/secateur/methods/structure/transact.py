@@ -16,6 +16,8 @@ from pydantic import Field
 from secateur.network.anatomy import COLUMN_AXES, NEURON_AXES
 from secateur.registry import Cut, InputNorms, Units, method
 
+PEAK = 10.0
+
 
 @method(
     "transact",
@@ -27,8 +29,13 @@ from secateur.registry import Cut, InputNorms, Units, method
     axes=(*COLUMN_AXES, "expert_neurons"),
     criterion="activation",
     schedule="one-shot",
+    refuses=lambda given: (
+        "peak is for dimensions of a head, and a neuron has one; leave it out, or cut heads."
+        if given["peak"] != PEAK and set(given["axis"]) <= set(NEURON_AXES)
+        else None
+    ),
 )
-def transact(units: Units, norms: InputNorms, *, peak: Annotated[float, Field(ge=0)] = 10.0) -> Cut:
+def transact(units: Units, norms: InputNorms, *, peak: Annotated[float, Field(ge=0)] = PEAK) -> Cut:
     """Keeps the units with the largest activations, weights not looked at.
 
     Args:

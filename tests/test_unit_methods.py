@@ -86,6 +86,8 @@ def test_the_best_by_hand_are_kept(
     by_hand = scores(method, axis, inputs, live.get_parameter(name).detach(), block.attention.head_dim, width)
     wanted = by_hand.argsort(descending=True, stable=True)[: group.count // 2].sort().values.tolist()
     assert kept(result, tmp_path / "out", axis, 0) == wanted
+    notes = result.receipt["decisions"][0]["units"][axis]["0"].get("notes", {})
+    assert ("removed mean" in notes) == (method == "flap"), "which no bias of Llama's takes over"
     assert wanted != list(range(len(wanted))), "which a method that keeps the first would not find"
 
 
@@ -103,7 +105,9 @@ def test_later_blocks_see_what_earlier_ones_have_become(model: Callable[..., Pat
     source, output = model("opt"), tmp_path / "out"  # whose feed-forward is given all tokens in one row
     result = secateur.compress(source, recipe=recipe("flap", ids, "neurons"), output=output, evaluate=False)
     cut, _ = secateur.network.source.load(output)
-    told = result.receipt["decisions"][0]["units"]["neurons"]["2"]["calibration_error"]
+    last = result.receipt["decisions"][0]["units"]["neurons"]["2"]
+    told = last["calibration_error"]
+    assert "notes" not in last, "the bias takes the mean"
     whole = tiny.make("opt")
     block = anatomy(whole).blocks[2]
     assert block.feed_forward is not None

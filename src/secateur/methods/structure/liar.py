@@ -9,7 +9,10 @@ massive inputs; inputs come through the already repaired blocks. Where there is 
 and no b' is made: what Q cannot tell of the removed mean is lost then, and the receipt says so.
 
 OURS too: ridge=held_out tries RIDGES in every block, each solved on the calibration tokens, and takes the one whose output
-is nearest to the old on some rows of the held-out ones. Too few of them (calibration.held_out: 0) leave the ridge at 0.1.
+is nearest to the old on some rows of the held-out ones. Too few of them (calibration.held_out: 0) leave the ridge at 0.1. It
+is the default because it was never worse than 0.1 where both were tried, on random models of three blocks at ratio 0.4:
+divergence on other tokens 0.141 (0.1: 0.163) and 0.125 (0.126) for Llama calibrated on 256 and 1280 tokens, 0.033 (0.033)
+and 0.0245 (0.0251) for GPT-2.
 """
 
 from math import inf

@@ -23,7 +23,7 @@ and of what is left that becomes more and more, until all candidates had to go w
 
 from dataclasses import dataclass, field
 from itertools import product
-from math import ceil
+from math import ceil, floor
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -142,7 +142,8 @@ def bonsai(
     whole = sum(each.units.count * each.units.size for each in modules)
     if not uniform and (most := sum((each.units.count - 1) * each.units.size for each in modules)) < ratio * whole:
         raise RequestError(
-            f"bonsai: ratio={ratio} cannot go, because one unit stays in every block; at most {most / whole:.4f} can."
+            f"bonsai: ratio={ratio} cannot go, because one unit stays in every block; at most "
+            f"{floor(1e4 * most / whole) / 1e4} can."
         )
     share = max((ratio if each.goes is None else each.goes / each.units.count for each in modules), default=0.0)
     rounds = ceil(share / per_round - 1e-9)
@@ -189,7 +190,9 @@ def _remove_anywhere(modules: list[_Module], theta: Tensor, goal: int) -> None:
     sizes = [modules[home].units.size for home in homes]
     prior = torch.cat([each.prior[each.found] for each in modules])
     units = torch.cat([each.found for each in modules])
-    for index in lowest_within(theta, prior, sizes, homes, [each.left - 1 for each in modules], _missing(modules, goal)):
+    for index in lowest_within(
+        theta, prior, sizes, homes, [each.left - 1 for each in modules], _missing(modules, goal)
+    ):
         modules[homes[index]].alive[units[index]] = False
 
 

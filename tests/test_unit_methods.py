@@ -13,6 +13,7 @@ import secateur
 import tiny
 from secateur.network.examine import anatomy
 from secateur.network.source import open_model
+from secateur.network.widths import round_width
 
 LENGTH, SKIP = 16, 4
 
@@ -89,6 +90,16 @@ def test_the_best_by_hand_are_kept(
     notes = result.receipt["decisions"][0]["units"][axis]["0"].get("notes", {})
     assert ("removed mean" in notes) == (method == "flap"), "which no bias of Llama's takes over"
     assert wanted != list(range(len(wanted))), "which a method that keeps the first would not find"
+
+
+@pytest.mark.parametrize(("count", "target"), [(160, 112), (1536, 1000), (9, 4), (11008, 3072)])
+def test_the_shots_of_transact_are_ratios_of_steps(count: int, target: int) -> None:
+    now = count
+    for remaining in range(8, 0, -1):
+        after = now - (now - target) // remaining
+        assert round_width(now, 1 - after / now, 1) == after
+        now = after
+    assert now == target
 
 
 def test_tokens_at_the_beginning_count_when_asked_for(model: Callable[..., Path], ids: Path) -> None:

@@ -6,8 +6,8 @@ act(gate) · up before down; a head's score is the mean over its dimensions plus
 units are sorted.
 
 OURS: heads that share keys and values are one unit, whose score is the mean of its heads' (the published code sets as many
-key-value heads as heads and has no grouped queries). One shot: a unit's score is of its own activations alone, so shots without
-training between them would take what one shot takes, but for what lies before it having shrunk by then. The paper's
+key-value heads as heads and has no grouped queries). One shot: a unit's score is of its own activations alone, so shots
+without training between them would take what one shot takes, but for what lies before it having shrunk by then. The paper's
 K = 8 shots, each leaving cur − (cur − target) // remaining units, are as many steps of a recipe with multiple_of=1 and
 ratio = 1 − next / cur, and the training between them is a step of its own.
 """

@@ -272,7 +272,8 @@ def test_a_killed_run_goes_on_from_its_last_step(
 @pytest.mark.parametrize(
     ("given", "what"),
     [
-        ({"overall": 0.9, "axis": ["heads"]}, "at most 0.50 can"),
+        ({"overall": 0.9, "axis": ["heads"]}, "at most 0.5 can"),
+        ({"overall": 0.993}, r"at most 0\.9875 can"),
         ({"steps": 0}, "steps"),
         ({"axis": "layers"}, "axis"),
         ({"ratio": 0.5}, "has no parameter 'ratio'"),

@@ -1,6 +1,7 @@
 """Bonsai: units silenced in passing, rounds of sub-models, what is planted is found, nothing is tried twice."""
 
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -197,6 +198,20 @@ def test_where_blocks_may_differ_the_parameters_asked_for_go_and_each_keeps_one(
     for units in network:
         tensors = {part.parameter for part in units._group.slices}
         assert units.size * units.count == sum(tiny.make("llama").get_parameter(name).numel() for name in tensors)
+
+
+@pytest.mark.parametrize(("ratio", "per_round"), [(0.8, 0.2), (0.97, 1.0)])
+def test_most_of_the_units_can_go_where_blocks_may_differ(ratio: float, per_round: float) -> None:
+    """Each round removes a part of what there was, and few units are left for the last ones to choose among."""
+    network, evaluator = planted()
+    context = Context()
+    given: dict[str, Any] = {"per_round": per_round, "submodels": 4, "metric": "loss", "uniform": False}
+    plan = bonsai(network, evaluator, context, ratio=ratio, **given)
+    left = sum(len(plan.cuts[block, "neurons"].kept) for block in range(tiny.BLOCKS))
+    rounds = context.notes["rounds"]
+    assert left == rounds[-1]["units left"] == round((1 - ratio) * 480) and len(rounds) == math.ceil(ratio / per_round)
+    assert evaluator.asked == 4 * len(rounds), "what the bar was told"
+    assert all(len(cut.kept) > 0 for cut in plan.cuts.values())
 
 
 def test_nothing_is_tried_twice_after_an_interruption(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secateur.tensor.interpolation import interpolate
+from secateur.tensor.interpolation import interpolate, interpolate_best
 
 INPUTS, OUTPUTS, TOKENS = 12, 5, 400
 KEPT = torch.tensor([0, 1, 3, 4, 6, 7, 9, 11])
@@ -73,3 +73,19 @@ def test_dead_inputs_change_nothing() -> None:
     columns, _ = interpolate(moment(inputs), weight, KEPT, ridge=0.1)
     assert torch.isfinite(columns).all()
     torch.testing.assert_close(columns[:, 2], weight[:, KEPT[2]])
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_best_ridge_is_that_of_the_smallest_error_on_other_inputs(centred: bool) -> None:
+    """Twelve inputs of few tokens, whose own error is least without a ridge."""
+    inputs, weight = drawn(4)
+    inputs = inputs + 3 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(9))
+    seen, judge = inputs[:14], inputs[200:]
+    mean, ridges = seen.double().mean(0) if centred else None, (1e3, 10.0, 1.0, 0.1, 1e-6)
+    best = interpolate_best(moment(seen), weight, KEPT, ridges, judge, mean)
+    by_hand = {each: error(judge, weight, *interpolate(moment(seen), weight, KEPT, each, mean)) for each in ridges}
+    assert best.ridge == min(by_hand, key=by_hand.get) not in (ridges[0], ridges[-1])
+    columns, shift = interpolate(moment(seen), weight, KEPT, best.ridge, mean)
+    assert torch.equal(best.columns, columns) and torch.equal(best.shift, shift)
+    whole = float((judge @ weight.T).double().square().sum())
+    assert best.errors == pytest.approx([by_hand[each] / whole for each in ridges], rel=1e-4)

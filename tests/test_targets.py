@@ -16,6 +16,7 @@ from secateur.checks import check_steps
 from secateur.network.source import open_model
 from secateur.registry import Allocation, Context, Matrices
 from secateur.run import compress as run
+from secateur.solving import Solver
 from secateur.targets import budgets, chosen, uniform
 from secateur.tensor.patterns import Pattern
 
@@ -321,6 +322,17 @@ CONTRADICTIONS = {
     ),
     "pq_index: it needs p < q": ("wanda", {"allocation": {"pq_index": {"p": 1.0}}}),
     "liar: fold merges units": ("liar", {"by": "fold"}),
+    "vocabulary: keep and minimum count a text": ("vocabulary", {"by": "script", "keep": 100}),
+    "and by=script reads none": ("vocabulary", {"by": "script", "minimum": 3}),
+    "vocabulary: by=text keeps what the text uses": ("vocabulary", {"scripts": ["GREEK"]}),
+    "give either keep or minimum": ("vocabulary", {"keep": 100, "minimum": 3}),
+    "metric=reverse does not read p;": ("layer_drop", {"p": 2}),
+    "metric=influence does not read vectors;": ("layer_drop", {"metric": "influence", "vectors": True}),
+    "metric=taylor does not read influence;": ("layer_drop", {"metric": "taylor", "influence": "flat"}),
+    "transact: peak is for": ("transact", {"peak": 1.0}),
+    "a neuron has one; leave it out": ("liar", {"by": {"transact": {"peak": 1.0}}}),
+    "fold: cluster=ward": ("fold", {"cluster": "ward", "starts": 3}),
+    "wanda_units: over=mean": ("wanda_units", {"over": "mean", "axis": ["neurons"]}),
     "grows for 30 iterations": ("dense_refit", {"mask": {"admm": {"ramp": 30}}}),
 }  # fmt: skip
 
@@ -336,3 +348,22 @@ def test_parameters_that_contradict_each_other_are_refused_before_anything_is_re
         check_steps(source, steps)
     [fine] = Recipe.parse({"steps": [{"apt": {"mask_rule": "M", "pattern": "2:4"}}]}).steps
     check_steps(source, [fine])
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("vocabulary", {"by": "script", "scripts": ["latin", "CYRILLIC", "Cjk"]}),
+        ("vocabulary", {"by": "text", "keep": 100}),
+        ("layer_drop", {"metric": "magnitude", "p": 2, "vectors": True}),
+        ("layer_drop", {"metric": "taylor", "vectors": True}),
+        ("layer_drop", {"metric": "influence", "influence": "flat"}),
+        ("transact", {"peak": 1.0, "axis": ["heads", "neurons"]}),
+        ("liar", {"by": {"transact": {"peak": 1.0}}, "axis": ["heads"]}),
+        ("fold", {"cluster": "kmeans", "starts": 3}),
+        ("wanda_units", {"over": "mean", "axis": ["heads"]}),
+    ],
+)
+def test_what_is_read_may_be_said(method: str, parameters: dict[str, Any]) -> None:
+    for step in Recipe.parse({"steps": [{method: parameters}]}).steps:
+        Solver.of(step.registered, step.parameters).check(step.parameters)

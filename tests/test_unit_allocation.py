@@ -196,7 +196,7 @@ def test_weights_alone_divide_too(divider: str) -> None:
             Recipe.parse({"steps": [{"magnitude_units": {"allocation": divider, "ratio": 0.4, "multiple_of": 1}}]}),
         )
         assert sum(said["kept"]["neurons"].values()) == 3 * 96
-        assert said["budget"]["reached"]["units"]["neurons"] == {"before": 480, "after": 288}
+        assert said["budget"]["reached"]["units"]["neurons"] == {"before": 480, "after": 288, "blocks": 3}
 
 
 def test_alphapruning_sees_every_matrix_of_the_units() -> None:

@@ -18,7 +18,8 @@ from secateur.contract import count_of
 from secateur.evaluation.arithmetic import multiply_adds
 from secateur.network.source import open_model
 from secateur.recipe import Recipe
-from secateur.unit_budgets import counted, tokens_counted, unit_cost
+from secateur.report import summary
+from secateur.unit_budgets import counted, reached, tokens_counted, unit_cost
 from secateur.units import planned_sizes
 
 pytestmark = pytest.mark.usefixtures("shared_clean")
@@ -250,3 +251,16 @@ def test_a_live_module_is_told_what_it_has_become() -> None:
     told = result.receipt["decisions"][0]["budget"]
     assert told["reached"]["parameters"]["after"] == outcomes.parameters(result.model)
     assert told["reached"]["parameters"]["before"] == LLAMA == outcomes.parameters(live)
+
+
+def test_percentages_are_of_all_blocks_and_of_those_that_were_cut(model: Callable[..., Path]) -> None:
+    source = open_model(model("llama"))
+    told = reached(source, {"neurons": {0: 88, 2: 40}})
+    assert told["units"]["neurons"] == {"before": 480, "after": 288, "blocks": 3}
+    units = {"neurons": {"0": {"kept": 88, "of": 160}, "2": {"kept": 40, "of": 160}}}
+    decision = {"method": "adapt_pruner", "units": units, "budget": {"asked": None, "reached": told}}
+    line = summary({"decisions": [decision]})[0]
+    assert "differing widths (40 to 88 in 2 of 3 blocks), 40.0% removed (60.0% of those in these blocks)" in line
+    decision["units"] = {"neurons": {str(block): {"kept": 80, "of": 160} for block in range(3)}}
+    decision["budget"] = {"asked": None, "reached": reached(source, {"neurons": {0: 80, 1: 80, 2: 80}})}
+    assert "80 of 160 in each of 3 blocks, 50.0% removed" in summary({"decisions": [decision]})[0]

@@ -13,6 +13,7 @@ import secateur
 import tiny
 from secateur.network.examine import anatomy
 from secateur.network.source import open_model
+from secateur.network.widths import round_width
 
 LENGTH, SKIP = 16, 4
 
@@ -86,7 +87,19 @@ def test_the_best_by_hand_are_kept(
     by_hand = scores(method, axis, inputs, live.get_parameter(name).detach(), block.attention.head_dim, width)
     wanted = by_hand.argsort(descending=True, stable=True)[: group.count // 2].sort().values.tolist()
     assert kept(result, tmp_path / "out", axis, 0) == wanted
+    notes = result.receipt["decisions"][0]["units"][axis]["0"].get("notes", {})
+    assert ("removed mean" in notes) == (method == "flap"), "which no bias of Llama's takes over"
     assert wanted != list(range(len(wanted))), "which a method that keeps the first would not find"
+
+
+@pytest.mark.parametrize(("count", "target"), [(160, 112), (1536, 1000), (9, 4), (11008, 3072)])
+def test_the_shots_of_transact_are_ratios_of_steps(count: int, target: int) -> None:
+    now = count
+    for remaining in range(8, 0, -1):
+        after = now - (now - target) // remaining
+        assert round_width(now, 1 - after / now, 1) == after
+        now = after
+    assert now == target
 
 
 def test_tokens_at_the_beginning_count_when_asked_for(model: Callable[..., Path], ids: Path) -> None:
@@ -103,7 +116,9 @@ def test_later_blocks_see_what_earlier_ones_have_become(model: Callable[..., Pat
     source, output = model("opt"), tmp_path / "out"  # whose feed-forward is given all tokens in one row
     result = secateur.compress(source, recipe=recipe("flap", ids, "neurons"), output=output, evaluate=False)
     cut, _ = secateur.network.source.load(output)
-    told = result.receipt["decisions"][0]["units"]["neurons"]["2"]["calibration_error"]
+    last = result.receipt["decisions"][0]["units"]["neurons"]["2"]
+    told = last["calibration_error"]
+    assert "notes" not in last, "the bias takes the mean"
     whole = tiny.make("opt")
     block = anatomy(whole).blocks[2]
     assert block.feed_forward is not None
@@ -130,6 +145,38 @@ def test_refitting_loses_less_than_plain_removal(model: Callable[..., Path], ids
         result = secateur.compress(tiny.make("llama"), recipe=recipe(method, ids, "neurons", **given))
         errors[method] = result.receipt["decisions"][0]["mean calibration error"]
     assert errors["unit_surgeon"] < errors["wanda_units"] and errors["liar"] < errors["wanda_units"]
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.every)])
+def test_the_ridge_is_chosen_on_held_out_tokens(
+    name: str, model: Callable[..., Path], ids: Path, tmp_path: Path
+) -> None:
+    """48 tokens say little of 80 neurons, so what is chosen beats hardly any ridge on the tokens held out."""
+    wishes = {"samples": 4, "held_out": 2}
+    said = recipe("liar", ids, "neurons", wishes)
+    result = secateur.compress(model(name), recipe=said, output=tmp_path / "out", evaluate=False)
+    entries = result.receipt["decisions"][0]["units"]["neurons"].values()
+    for entry in entries:
+        tried = entry["notes"]["held-out errors"]
+        assert tried[str(entry["notes"]["ridge"])] == min(tried.values()) < tried["0.003"] and len(tried) == 7
+        assert entry["held_out_error"] == pytest.approx(min(tried.values()), rel=1e-3)
+        assert ("output bias" in entry["notes"]) == (name == "llama")
+    weak = secateur.compress(tiny.make(name), recipe=recipe("liar", ids, "neurons", wishes, ridge=0.003))
+    chosen = sum(entry["held_out_error"] for entry in entries) / len(entries)
+    assert chosen < weak.receipt["decisions"][0]["mean held out error"]
+
+
+def test_without_held_out_tokens_the_ridge_is_fixed_and_that_is_said(
+    model: Callable[..., Path], ids: Path, tmp_path: Path
+) -> None:
+    said = recipe("liar", ids, "neurons")
+    result = secateur.compress(model("llama"), recipe=said, output=tmp_path / "out", evaluate=False)
+    decision = result.receipt["decisions"][0]
+    assert any("to choose the ridge by, so it is 0.1" in sentence for sentence in decision["warnings"])
+    assert decision["units"]["neurons"]["1"]["notes"]["ridge"] == 0.1
+    plain = secateur.compress(tiny.make("llama"), recipe=recipe("liar", ids, "neurons", ridge=0.1))
+    errors = [notes["mean calibration error"] for notes in (plain.receipt["decisions"][0], decision["notes"])]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_mha", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "opt"])
@@ -183,6 +230,8 @@ def test_heads_that_a_configuration_cannot_say_are_told(model: Callable[..., Pat
         ("liar", {"by": "wanda"}, "must name a method that chooses units"),
         ("liar", {"by": {"flap": {"ratio": 0.1}}}, "takes no ratio for flap"),
         ("liar", {"by": None}, "cannot be null"),
+        ("liar", {"ridge": "heldout"}, "ridge='heldout' was refused: must be a number of at least 0, or held_out"),
+        ("liar", {"ridge": -0.1}, "must be a number of at least 0"),
         ("liar", {"by": "zipf_surgeon", "axis": "heads"}, "cuts no heads"),
     ],
 )

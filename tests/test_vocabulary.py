@@ -22,8 +22,10 @@ import tiny
 from secateur import forecast
 from secateur.calibration import token_counts
 from secateur.calibration.samples import Samples
+from secateur.context import Context
 from secateur.evaluation import evaluate, render, tokenize
 from secateur.generation import _Rules, readable
+from secateur.methods.structure.charpoet import charpoet
 from secateur.network.segmentation import check_segmentation
 from secateur.network.source import open_model
 from secateur.network.token_file import TokenFile
@@ -396,6 +398,9 @@ def test_what_is_written_is_compared_with_the_uncut_network(
         ({"minimum": 0}, "greater than or equal to 1"),
         ({"multiple_of": 0}, "greater than or equal to 1"),
         ({"by": "language"}, "by='language' was refused"),
+        ({"by": "script", "scripts": ["LATN"]}, "no letter's Unicode name begins with LATN. Did you mean 'LATIN'"),
+        ({"by": "script", "scripts": ["LATIN", "KLINGON"]}, "no letter's Unicode name begins with KLINGON"),
+        ({"by": "script", "scripts": []}, "scripts"),
     ],
 )
 def test_wrong_parameters(given: dict, what: str, model: Make, run: Callable, tmp_path: Path) -> None:
@@ -551,6 +556,15 @@ def test_long_texts_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch, text: 
     monkeypatch.setattr(token_counts, "_AT_ONCE", 40)
     assert torch.equal(token_counts.count_tokens(str(text), words, tiny.VOCABULARY).counts, whole.counts)
     assert whole.total == len(words.encode(text.read_text()).ids) and whole.most_frequent()[0] == words.token_to_id("Ġ")
+
+
+def test_single_characters_and_what_was_added_stay_and_that_is_told() -> None:
+    words = trained("BPE")
+    tokens, context = TokenFile(json.loads(words.to_str())), Context()
+    vocabulary = Vocabulary(words.get_vocab_size(), tokens)
+    kept = {tokens.strings[token] for token in charpoet(vocabulary, context).ids}
+    assert {each for each in kept if len(each) > 1} == {"<unk>", "<s>", "</s>", "HERON"}
+    assert context.notes == {"added tokens of several characters, kept": 1}
 
 
 LENGTHS = [5, 7, 1, 20]

@@ -27,6 +27,7 @@ from secateur.calibration.statistics import (
     GatedNorms,
     Gradients,
     Gram,
+    HeldOutInputs,
     InputNorms,
     Moments,
 )
@@ -283,6 +284,7 @@ NEEDS: dict[type, Need] = {
     CrossGram: Need(
         "any", (), "inputs in the dense network against those behind compressed layers", TEXT, beside=_READERS
     ),
+    HeldOutInputs: Need("any", (), "some inputs of the matrix on held-out tokens, to judge by", TEXT, beside=(Units,)),
     Gradients: Need(
         "any", (), "squared gradients of the loss (the whole model in memory)", _GRADIENTS, beside=(Weight,)
     ),

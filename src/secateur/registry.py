@@ -33,6 +33,7 @@ from secateur.calibration.statistics import (
     GatedNorms,
     Gradients,
     Gram,
+    HeldOutInputs,
     InputNorms,
     Moments,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "GatedNorms",
     "Gradients",
     "Gram",
+    "HeldOutInputs",
     "InputNorms",
     "Kept",
     "KeptTokens",

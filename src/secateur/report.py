@@ -104,12 +104,16 @@ def summary(receipt: Mapping[str, Any]) -> list[str]:
         for axis, units in decision["units"].items():
             kept, of = (sum(unit[key] for unit in units.values()) for key in ("kept", "of"))
             each = sorted({(unit["kept"], unit["of"]) for unit in units.values()})
-            alike = f"{each[0][0]} of {each[0][1]} in each of {len(units)} blocks"
-            differing = f"differing widths ({each[0][0]} to {each[-1][0]} in {len(units)} blocks)"
-            lines.append(
-                f"{decision['method']}: {UNITS[axis]} {alike if len(each) == 1 else differing}, "
-                f"{1 - kept / of:.1%} removed"
-            )
+            share, blocks = f"{1 - kept / of:.1%} removed", f"{len(units)} blocks"
+            every = (decision.get("budget") or {}).get("reached", {}).get("units", {}).get(axis, {})
+            if every.get("blocks", 0) > len(units):  # the others keep all that they have
+                share = (
+                    f"{1 - every['after'] / every['before']:.1%} removed ({share.split()[0]} of those in these blocks)"
+                )
+                blocks = f"{len(units)} of {every['blocks']} blocks"
+            alike = f"{each[0][0]} of {each[0][1]} in each of {blocks}"
+            differing = f"differing widths ({each[0][0]} to {each[-1][0]} in {blocks})"
+            lines.append(f"{decision['method']}: {UNITS[axis]} {alike if len(each) == 1 else differing}, {share}")
         if channels := decision.get("channels"):
             share = 1 - channels["kept"] / channels["of"]
             lines.append(f"{decision['method']}: channels {channels['kept']} of {channels['of']}, {share:.1%} removed")

@@ -252,14 +252,17 @@ def asked_for(step: Step) -> dict[str, Any]:
 
 
 def reached(source: Source, sizes: Mapping[Axis, Mapping[int, int]]) -> dict[str, Any]:
-    """What a step that leaves these units makes of the network, before and after, counted from shapes."""
+    """What a step that leaves these units makes of the network, before and after, counted from shapes: units of all blocks
+    that have some, those that lose none too.
+    """
     units = {}
     for axis in AXES:
         if axis in sizes:
-            groups = {index: source.anatomy.blocks[index].group(axis) for index in sizes[axis]}
+            every = {block.index: group.count for block in source.anatomy.blocks if (group := block.group(axis))}
             units[axis] = {
-                "before": sum(group.count for group in groups.values() if group),
-                "after": sum(sizes[axis].values()),
+                "before": sum(every.values()),
+                "after": sum({**every, **sizes[axis]}.values()),
+                "blocks": len(every),
             }
     measures: tuple[Measure, ...] = ("parameters", "multiply_adds")
     told: dict[str, Any] = {

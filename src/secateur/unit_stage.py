@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.block_stage import BlockStage, Loaded, errors
 from secateur.calibration.passes import Passes, Rows
 from secateur.calibration.samples import Samples
-from secateur.calibration.statistics import UNSEEN, Statistics
+from secateur.calibration.statistics import UNSEEN, HeldOutInputs, Statistics
 from secateur.calibration.synthetic import SyntheticGram, synthetic_grams
 from secateur.calibration.unit_gradients import (
     UnitGradients,
@@ -146,9 +146,12 @@ class UnitStage(CutStage, BlockStage):
         """The units of a block, and how many of them are to stay; of neurons inside experts those of one."""
         return units_of(self.source, block, axis, self.sizes[axis][block], self.device, expert)
 
-    def given(self, units: Units, context: Context) -> dict[type, Any]:
-        """What a method may ask for of these units, beside what is said of their inputs."""
-        given: dict[type, Any] = {Units: units, Context: context}
+    def given(self, units: Units, context: Context, held_out: Tensor | None = None) -> dict[type, Any]:
+        """What a method may ask for of these units, beside what is said of their inputs.
+
+        held_out: (t, d) some of these on held-out tokens.
+        """
+        given: dict[type, Any] = {Units: units, Context: context, HeldOutInputs: HeldOutInputs(held_out)}
         if SyntheticGram in self.solver.needs:
             given[SyntheticGram] = SyntheticGram.read(self._gram(units.block))
         if self.solver.gradients:
@@ -195,7 +198,7 @@ class UnitStage(CutStage, BlockStage):
             cut = self._unseen(units, context)
             entry["unseen"] = True
         else:
-            cut = self.solver.ask(self.given(units, context), seen, units.name)
+            cut = self.solver.ask(self.given(units, context, rows(ref.name, True)), seen, units.name)
         if ref.expert is None:
             self.cuts.check(ref.block, axis, cut)
         else:

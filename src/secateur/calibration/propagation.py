@@ -41,7 +41,7 @@ class Batch:
     Args:
         ids: (sequences, tokens) token ids.
         start: tokens of this process's batches before it: where its hidden states lie.
-        held_out: for reports alone.
+        held_out: to judge by, never to solve on.
         half: of the calibration batches: 0 of the first half, 1 of the second, which two processes would share out so.
     """
 
@@ -91,11 +91,12 @@ class Propagation:
         start = 0
         # whole batches are shared out, so that a process computes the same numbers for them as a single one would
         every = list(_batches(samples, tokens))
-        counted = sum(not held_out for _, held_out in every)
+        counts = {kind: sum(held_out == kind for _, held_out in every) for kind in (False, True)}
         for index, (ids, held_out) in enumerate(every):
-            # neighbours together, so that two processes count what a single one counts in each half
-            if rank == (index % world if held_out else index * world // counted):
-                self.batches.append(Batch(index, ids, start, held_out, 0 if held_out else index * 2 // counted))
+            place, count = (index - counts[False] if held_out else index), counts[held_out]
+            # neighbours together, so that two processes count what a single one counts in each half, in the same order
+            if rank == place * world // count:
+                self.batches.append(Batch(index, ids, start, held_out, place * 2 // count))
                 start += ids.numel()
         self._calls: list[list[tuple[Any, Any]]] = []
         self._as_tuple = False  # whether blocks give their hidden states inside a tuple

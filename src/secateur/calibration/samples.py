@@ -1,7 +1,8 @@
 """The tokens that methods learn from: cut from a text or a dataset, given as ids, or written by the model itself.
 
 Sequences are whole windows that do not overlap, so nothing is padded and no token counts twice. Held-out sequences come on
-top of those asked for and are never solved on: every layer's report shows its error on both.
+top of those asked for and are never solved on: every layer's report shows its error on both, and a method may choose by them
+how strongly it solves.
 """
 
 import hashlib
@@ -39,7 +40,8 @@ class Calibration(BaseModel):
             the tokens, with or without a tokenizer (`secateur.evaluation.self_written` says how they begin).
         samples: how many sequences; default 128, and 32 where the model writes them.
         length: tokens of each; default 512, or the model's positions if those are fewer.
-        held_out: sequences beside those, for the reports alone; default an eighth more.
+        held_out: sequences beside those, to judge by: for the reports, and for methods that choose how strongly to
+            solve; default an eighth more.
         order: whether windows are drawn at random (by the run's seed) or taken from the beginning.
         inputs: whether a block's inputs come through the compressed blocks before it, or through the dense ones.
         sequential: solve each matrix as soon as all tokens have reached it, so that those after it in the block see it
@@ -96,7 +98,7 @@ class Samples:
 
     Args:
         sequences: (tokens,) int64 each; equal lengths lie together.
-        held_out: further ones, for reports alone.
+        held_out: further ones, to judge by.
         name: where they come from.
     """
 

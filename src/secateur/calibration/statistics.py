@@ -205,6 +205,17 @@ class CrossGram:
 
 
 @dataclass(frozen=True)
+class HeldOutInputs:
+    """Some inputs of a matrix on held-out tokens, for a method to judge by what it has solved on all others.
+
+    Args:
+        rows: (t, d), some hundreds at most; None where no token was held out, or none reached the matrix.
+    """
+
+    rows: Tensor | None
+
+
+@dataclass(frozen=True)
 class Gradients:
     """How much the loss reacts to each weight.
 

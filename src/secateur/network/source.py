@@ -312,11 +312,7 @@ def _empty_copy(module: nn.Module) -> nn.Module:
 def _with_precise_buffers(model: nn.Module, config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
     """A live module's copy with the buffers that a loaded model computes anew: `.to(bfloat16)` has rounded frequencies."""
     stored = set(model.state_dict())
-    rounded = {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if name not in stored and buffer.dtype in _HALF
-    }
+    rounded = {name: buffer for name, buffer in model.named_buffers() if name not in stored and buffer.dtype in _HALF}
     if rounded:
         try:
             fresh = _buffers_in_float32(config, trust_remote_code)

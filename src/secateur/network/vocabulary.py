@@ -59,6 +59,11 @@ class Vocabulary:
         return self._tokens.special
 
     @property
+    def added(self) -> frozenset[int]:
+        """Tokens that texts are split at before anything else, special or not: they all stay."""
+        return frozenset(self._tokens.added)
+
+    @property
     def bytes(self) -> frozenset[int]:
         """Tokens that each stand for one byte, where any text can be spelled in bytes."""
         return frozenset(self._tokens.single_bytes)

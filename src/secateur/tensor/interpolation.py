@@ -1,7 +1,47 @@
 """Kept inputs of a linear map take over the removed ones, by least squares."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from secateur.tensor.products import linear
+
+
+class Interpolated(NamedTuple):
+    """The best of several ridges.
+
+    Args:
+        columns, shift: as `interpolate` gives them.
+        errors: of each ridge in order, Σ‖y − ŷ‖² / Σ‖y‖² on the inputs that it was judged by.
+    """
+
+    columns: Tensor
+    shift: Tensor
+    ridge: float
+    errors: list[float]
+
+
+def interpolate_best(
+    moment: Tensor, weight: Tensor, kept: Tensor, ridges: Sequence[float], judge: Tensor, mean: Tensor | None = None
+) -> Interpolated:
+    """As `interpolate`, by the ridge whose output is nearest to the old one on other inputs; among equals the first.
+
+    Args:
+        ridges: what is tried.
+        judge: (t, m) inputs that `moment` has not seen.
+    """
+    wanted = linear(judge, weight)
+    whole = max(float(wanted.square().sum(dtype=torch.float64)), 1e-30)
+    errors: list[float] = []
+    for ridge in ridges:
+        columns, shift = interpolate(moment, weight, kept, ridge, mean)
+        lost = linear(judge[:, kept], columns) + shift - wanted
+        errors.append(float(lost.square().sum(dtype=torch.float64)) / whole)
+        if errors[-1] <= min(errors) and errors.index(errors[-1]) == len(errors) - 1:
+            best = columns, shift, ridge
+    return Interpolated(*best, errors)
 
 
 def interpolate(

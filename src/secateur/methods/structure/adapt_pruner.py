@@ -14,6 +14,7 @@ wanda_units) and magnitude stand in for them: OURS. Training between steps (Adap
 has its place in the loop below and is not there yet. Blocks end with different widths.
 """
 
+from math import floor
 from typing import Annotated, Literal
 
 import torch
@@ -76,7 +77,7 @@ def adapt_pruner(
         if overall * count > most + 0.5:
             raise RequestError(
                 f"adapt_pruner: overall={overall} of {count} {kind} cannot go, because some stay in every block; at most "
-                f"{most / count:.2f} can."
+                f"{floor(1e4 * most / count) / 1e4} can."
             )
     with context.progress("pruning in steps", steps) as bar:
         bar.advance(begun)

@@ -16,12 +16,14 @@ each block; the penalised regression is solved exactly or by FISTA where the cod
 penalties are chosen, as there, by Kendall's τ on held-out sub-models in five folds, but of whole pairs, because a complement
 tells the other's score; equal θ are ordered by the prior; a unit of attention is what shares keys and values. Where every
 mask lacks the same number in a module, no regression can tell how much the module as a whole matters, and its weights say
-only which of its units matter more: so, where blocks may differ, `vary` draws that number for each mask.
+only which of its units matter more: so, where blocks may differ, `vary` draws that number for each mask. There, too, a mask
+lacks as many units as its round is to remove where those are more than int(p n) + 1: a round removes p of what there was,
+and of what is left that becomes more and more, until all candidates had to go whatever their θ, and not even they sufficed.
 """
 
 from dataclasses import dataclass, field
 from itertools import product
-from math import ceil
+from math import ceil, floor
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -140,7 +142,8 @@ def bonsai(
     whole = sum(each.units.count * each.units.size for each in modules)
     if not uniform and (most := sum((each.units.count - 1) * each.units.size for each in modules)) < ratio * whole:
         raise RequestError(
-            f"bonsai: ratio={ratio} cannot go, because one unit stays in every block; at most {most / whole:.4f} can."
+            f"bonsai: ratio={ratio} cannot go, because one unit stays in every block; at most "
+            f"{floor(1e4 * most / whole) / 1e4} can."
         )
     share = max((ratio if each.goes is None else each.goes / each.units.count for each in modules), default=0.0)
     rounds = ceil(share / per_round - 1e-9)
@@ -150,32 +153,46 @@ def bonsai(
     with context.progress("trying sub-models", rounds * 2 * wishes.pairs) as bar:
         bar.advance(len(search.history) * 2 * wishes.pairs + len(search.losses))
         while (number := len(search.history)) < rounds:
-            lacking = [
-                # what a mask of the published code lacks; where all lose alike, as many as go in this round
-                min(int(per_round * each.left) + 1, each.left - 1)
-                if each.goes is None
-                else each.goes * (number + 1) // rounds - each.goes * number // rounds
-                for each in modules
-            ]
+            goal = round(whole * min(ratio, per_round * (number + 1)))
+            if uniform:
+                due = [each.goes or 0 for each in modules]
+                lacking = [goes * (number + 1) // rounds - goes * number // rounds for goes in due]
+            else:
+                lacking = _lacking(modules, goal, per_round)
             theta, said = search.round(number, lacking, bar)
             if uniform:
                 for each, values, count in zip(modules, theta, lacking, strict=True):
                     each.alive[each.found[lowest(values, each.prior[each.found], count)]] = False
             else:
-                _remove_anywhere(modules, torch.cat(theta), round(whole * min(ratio, per_round * (number + 1))))
+                _remove_anywhere(modules, torch.cat(theta), goal)
             search.finish({**said, "units left": sum(each.left for each in modules)})
     context.note("rounds", search.history)
     return Plan({each.key: Cut(each.alive.nonzero()[:, 0]) for each in modules if not each.alive.all()})
 
 
+def _missing(modules: list[_Module], goal: int) -> int:
+    """How many parameters have yet to go until `goal` are gone."""
+    return goal - sum((each.units.count - each.left) * each.units.size for each in modules)
+
+
+def _lacking(modules: list[_Module], goal: int, portion: float) -> list[int]:
+    """How many units of each module a mask lacks: that portion of those left, as published, or more: what is missing to the
+    goal, so that candidates, twice as many, hold it and leave a choice however few units are left.
+    """
+    may_go = sum((each.left - 1) * each.units.size for each in modules)
+    portion = max(portion, _missing(modules, goal) / max(may_go, 1))
+    return [min(int(portion * each.left) + 1, each.left - 1) for each in modules]
+
+
 def _remove_anywhere(modules: list[_Module], theta: Tensor, goal: int) -> None:
     """Removes the candidates with the lowest θ until `goal` parameters are gone in all rounds together."""
-    gone = sum((each.units.count - each.left) * each.units.size for each in modules)
     homes = [index for index, each in enumerate(modules) for _ in each.found]
     sizes = [modules[home].units.size for home in homes]
     prior = torch.cat([each.prior[each.found] for each in modules])
     units = torch.cat([each.found for each in modules])
-    for index in lowest_within(theta, prior, sizes, homes, [each.left - 1 for each in modules], goal - gone):
+    for index in lowest_within(
+        theta, prior, sizes, homes, [each.left - 1 for each in modules], _missing(modules, goal)
+    ):
         modules[homes[index]].alive[units[index]] = False
 
 

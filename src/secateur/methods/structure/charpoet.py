@@ -5,11 +5,13 @@ tokens are deleted from vocabulary and head; tokens of one character or one byte
 poetry, which is a step of its own, and without which texts are clearly worse.
 
 The paper leaves open what becomes of English words and of characters of several byte tokens. Here every token that writes
-more than one code point goes, in any language; parts of characters stay where a kept character is merged from them, and
-`secateur.generate_lengths` counts characters, not tokens, so its lengths hold for all of them.
+more than one code point goes, in any language, but for what a tokenizer has added to its vocabulary: texts are split at such
+tokens before anything else, so without them other texts than theirs would be split otherwise too. Most are special; some
+write text, as GPT-NeoX's runs of spaces do, and the receipt counts them. Parts of characters stay where a kept character is
+merged from them. `secateur.generate_lengths` counts characters, not tokens, so its lengths hold for all of them.
 """
 
-from secateur.registry import KeptTokens, Vocabulary, method
+from secateur.registry import Context, KeptTokens, Vocabulary, method
 
 
 @method(
@@ -22,6 +24,9 @@ from secateur.registry import KeptTokens, Vocabulary, method
     criterion="characters",
     schedule="one-shot",
 )
-def charpoet(words: Vocabulary) -> KeptTokens:
-    """Keeps tokens that write one character or one byte, and special ones, for text of an exact length."""
+def charpoet(words: Vocabulary, context: Context) -> KeptTokens:
+    """Keeps tokens that write one character or one byte, and special and added ones, for text of an exact length."""
+    longer = [token for token in words.added - words.special if len(words.strings[token]) > 1]
+    if longer:
+        context.note("added tokens of several characters, kept", len(longer))
     return words.keep(token for token in words.strings if len(words.text_of(token) or "") == 1)

@@ -1,16 +1,20 @@
 """FLAP: units go whose output hardly fluctuates, and the output bias takes over their mean.
 
-"Fluctuation-based Adaptive Structured Pruning for Large Language Models", AAAI 2024, arXiv:2312.11983. Recalled, not
-read for this: the metric is the variance of each input over tokens times the squared norm of its output
-column (WIFV), and the removed mean is added to the output bias, b + W_R μ_R. OURS: the same number of units in every block
-unless `allocation: flap_search` standardises scores and compares them over all blocks, as FLAP does; and where
-the output matrix has no bias the mean is lost, because the configuration of such a model has no place for one (FLAP
-patches the model instead). A head's score is the sum of its columns'. Of dimensions of queries and keys inside heads the
-keys of the tokens stand for the output matrix, and nothing takes over a mean.
+"Fluctuation-based Adaptive Structured Pruning for Large Language Models", AAAI 2024, arXiv:2312.11983. Read in its code:
+the metric is how much each input fluctuates times the squared norm of its output column (WIFV); the removed mean becomes
+the output bias, W_R μ_R. Recalled: the claim.
+
+What differs, or is ours: the variance is that of all tokens, where the code adds up, sequence by sequence, distances from
+the mean so far; a head's score is the sum of its columns', where the code sums their squares; the same number of units goes
+in every block unless `allocation: flap_search` standardises scores and compares them over all blocks, as FLAP does. The mean
+is lost where the output matrix has no bias, and the receipt says so: the code gives the model biases, but the configuration
+of Llama (`mlp_bias`, `attention_bias`) can say them only for all matrices of a kind in all blocks, and others have no word
+for them; no parameters are added here. Of dimensions of queries and keys inside heads the keys of the tokens stand for the
+output matrix, and nothing takes over a mean.
 """
 
 from secateur.network.anatomy import COLUMN_AXES
-from secateur.registry import Cut, Moments, Units, method
+from secateur.registry import Context, Cut, Moments, Units, method
 
 
 @method(
@@ -24,7 +28,7 @@ from secateur.registry import Cut, Moments, Units, method
     criterion="activation",
     schedule="one-shot",
 )
-def flap(units: Units, moments: Moments, *, compensate: bool = True) -> Cut:
+def flap(units: Units, moments: Moments, context: Context, *, compensate: bool = True) -> Cut:
     """Keeps the units whose activations fluctuate most, weighted by their output columns.
 
     Args:
@@ -34,6 +38,8 @@ def flap(units: Units, moments: Moments, *, compensate: bool = True) -> Cut:
     scores = units.per_unit(moments.variance * output.square().sum(0)).sum(1)
     kept = units.best(scores).kept
     if not compensate or bias is None:
+        if compensate and units.axis != "head_dims" and len(kept) < units.count:
+            context.note("removed mean", "lost: the output matrix has no bias that could take it over")
         return Cut(kept)
     gone = moments.mean.clone()
     gone[units.columns(kept)] = 0

@@ -28,6 +28,8 @@ from secateur.registry import Context, Cut, Units, method
 from secateur.tensor.clustering import cluster_means, cluster_sums, k_means, norms_lost, representatives, scatter, ward
 from secateur.tensor.products import linear
 
+STARTS = 10
+
 
 @method(
     "fold",
@@ -40,13 +42,18 @@ from secateur.tensor.products import linear
     schedule="one-shot",
     axes=("heads", "neurons", "expert_neurons"),
     scores=False,
+    refuses=lambda given: (
+        "cluster=ward merges two by two and never starts anew; leave starts out, or take cluster=kmeans."
+        if given["cluster"] == "ward" and given["starts"] != STARTS
+        else None
+    ),
 )
 def fold(
     units: Units,
     context: Context,
     *,
     cluster: Literal["kmeans", "ward"] = "kmeans",
-    starts: Annotated[int, Field(ge=1)] = 10,
+    starts: Annotated[int, Field(ge=1)] = STARTS,
     repair: bool = False,
 ) -> Cut:
     """Merges similar units: each cluster becomes one, with the mean of what makes them and the sum of what reads them.

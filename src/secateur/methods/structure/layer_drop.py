@@ -9,11 +9,27 @@ batch of the Taylor sums is one calibration sequence; perplexity is measured on 
 paper takes WikiText-2.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 
 from secateur.registry import BlockGradients, Blocks, Context, Flow, Kept, LossWithout, method
+
+_READ_BY = {
+    "p": (1, ("magnitude",)),
+    "vectors": (False, ("magnitude", "taylor")),
+    "influence": ("token", ("influence",)),
+}
+
+
+def _unread(given: Mapping[str, Any]) -> str | None:
+    for name, (default, metrics) in _READ_BY.items():
+        if given[name] != default and given["metric"] not in metrics:
+            return (
+                f"metric={given['metric']} does not read {name}; leave it out, or take metric={' or '.join(metrics)}."
+            )
+    return None
 
 
 @method(
@@ -30,6 +46,7 @@ from secateur.registry import BlockGradients, Blocks, Context, Flow, Kept, LossW
         "gradients": {"metric": "taylor"},
         "without": {"metric": "perplexity"},
     },
+    refuses=_unread,
 )
 def layer_drop(
     blocks: Blocks,

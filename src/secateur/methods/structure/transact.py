@@ -6,7 +6,10 @@ act(gate) · up before down; a head's score is the mean over its dimensions plus
 units are sorted.
 
 OURS: heads that share keys and values are one unit, whose score is the mean of its heads' (the published code sets as many
-key-value heads as heads and has no grouped queries). One shot; the training between shots belongs to recovery.
+key-value heads as heads and has no grouped queries). One shot: a unit's score is of its own activations alone, so shots
+without training between them would take what one shot takes, but for what lies before it having shrunk by then. The paper's
+K = 8 shots, each leaving cur − (cur − target) // remaining units, are as many steps of a recipe with multiple_of=1 and
+ratio = 1 − next / cur, and the training between them is a step of its own.
 """
 
 from typing import Annotated
@@ -15,6 +18,8 @@ from pydantic import Field
 
 from secateur.network.anatomy import COLUMN_AXES, NEURON_AXES
 from secateur.registry import Cut, InputNorms, Units, method
+
+PEAK = 10.0
 
 
 @method(
@@ -27,8 +32,13 @@ from secateur.registry import Cut, InputNorms, Units, method
     axes=(*COLUMN_AXES, "expert_neurons"),
     criterion="activation",
     schedule="one-shot",
+    refuses=lambda given: (
+        "peak is for dimensions of a head, and a neuron has one; leave it out, or cut heads."
+        if given["peak"] != PEAK and set(given["axis"]) <= set(NEURON_AXES)
+        else None
+    ),
 )
-def transact(units: Units, norms: InputNorms, *, peak: Annotated[float, Field(ge=0)] = 10.0) -> Cut:
+def transact(units: Units, norms: InputNorms, *, peak: Annotated[float, Field(ge=0)] = PEAK) -> Cut:
     """Keeps the units with the largest activations, weights not looked at.
 
     Args:

@@ -8,14 +8,52 @@ Ours: causal models too; merges are filtered with the tokens, and each BPE token
 words whose tokens are kept are split as before, which is checked on the text; choice by script needs no text.
 """
 
+import sys
 import unicodedata
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from secateur.errors import suggest
 from secateur.registry import Context, KeptTokens, TokenCounts, Vocabulary, method
 
-Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+MINIMUM, SCRIPTS = 2, ["LATIN"]
+
+
+@cache
+def _known() -> frozenset[str]:
+    """First words of the Unicode names of all letters."""
+    letters = (chr(code) for code in range(sys.maxunicode + 1) if chr(code).isalpha())
+    return frozenset(unicodedata.name(letter, "UNKNOWN").split()[0] for letter in letters)
+
+
+def _scripts_of_letters(names: list[str]) -> list[str]:
+    for name in names:
+        if name.upper() not in _known():
+            raise ValueError(
+                f"no letter's Unicode name begins with {name}.{suggest(name.upper(), _known())}".rstrip(".?")
+            )
+    return names
+
+
+Names = Annotated[
+    list[str],
+    Field(min_length=1),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    AfterValidator(_scripts_of_letters),
+]
+
+
+def _unread(given: Mapping[str, Any]) -> str | None:
+    if given["by"] == "script" and (given["keep"] is not None or given["minimum"] != MINIMUM):
+        return "keep and minimum count a text, and by=script reads none; leave them out, or by=script."
+    if given["by"] == "text" and given["scripts"] != SCRIPTS:
+        return "by=text keeps what the text uses, in any script; leave scripts out, or say by=script."
+    if given["keep"] is not None and given["minimum"] != MINIMUM:
+        return "keep says how many tokens stay, whatever their counts; give either keep or minimum."
+    return None
 
 
 @method(
@@ -28,6 +66,7 @@ Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance
     criterion=("frequency", "characters"),
     schedule="one-shot",
     only={"counts": {"by": "text"}},
+    refuses=_unread,
 )
 def vocabulary(
     words: Vocabulary,
@@ -35,9 +74,9 @@ def vocabulary(
     counts: TokenCounts | None,
     *,
     by: Literal["text", "script"] = "text",
-    minimum: Annotated[int, Field(ge=1)] = 2,
+    minimum: Annotated[int, Field(ge=1)] = MINIMUM,
     keep: Annotated[int | None, Field(ge=1)] = None,
-    scripts: Names = ["LATIN"],  # noqa: B006 (read by the schema, never changed)
+    scripts: Names = SCRIPTS,
     characters: bool = False,
     multiple_of: Annotated[int, Field(ge=1)] = 1,
 ) -> KeptTokens:

@@ -8,7 +8,7 @@ so that a pair's score is the sum over heads of ‖q_j‖² · ‖k_j‖².
 
 from typing import Literal
 
-from secateur.network.anatomy import COLUMN_AXES
+from secateur.network.anatomy import COLUMN_AXES, NEURON_AXES
 from secateur.registry import Cut, InputNorms, Units, method
 
 
@@ -22,6 +22,11 @@ from secateur.registry import Cut, InputNorms, Units, method
     axes=(*COLUMN_AXES, "head_dims", "expert_neurons"),
     criterion="activation",
     schedule="one-shot",
+    refuses=lambda given: (
+        "over=mean is of the columns of a head, and a neuron has one; leave it out, or cut heads."
+        if given["over"] != "sum" and set(given["axis"]) <= set(NEURON_AXES)
+        else None
+    ),
 )
 def wanda_units(
     units: Units, norms: InputNorms, *, norm: Literal["l2", "l1"] = "l2", over: Literal["sum", "mean"] = "sum"

@@ -23,8 +23,8 @@ from secateur.errors import RequestError, RunError
 from secateur.network.matrices import MatrixRef, view
 
 IN_HALVES = 4096
-"""Width of inputs up to which the first and the second half of the calibration batches are summed apart and then added, as two
-processes do: both then write the same bytes. Above it a second Gram matrix would take too much memory."""
+"""Width of inputs up to which the first and the second half of the calibration batches are summed apart and then added, as
+two processes do: both then write the same bytes. Above it a second Gram matrix would take too much memory."""
 ROWS = 256  # inputs kept of each point for the error on calibration and on held-out tokens
 
 

@@ -207,7 +207,7 @@ def test_an_expert_that_no_token_reached_is_judged_by_weights(model: Make, clean
     said = secateur.compress(
         model("mixtral"), recipe=recipe, output=tmp_path / "out", evaluate=False, clean=clean
     ).receipt
-    assert "reached by no calibration token" in said["decisions"][0]["warnings"][0]
+    assert any("reached by no calibration token" in each for each in said["decisions"][0]["warnings"])
     told = said["decisions"][0]["units"]["expert_neurons"]["0"]["by_expert"]
     unseen = [int(expert) for expert, entry in told.items() if entry.get("unseen")]
     assert len(unseen) == 2, "a token goes to two experts of four, and both are the same one"

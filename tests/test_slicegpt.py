@@ -133,6 +133,7 @@ def test_a_rotation_alone_changes_nothing(
     assert not torch.allclose(before.get_input_embeddings().weight, after.get_input_embeddings().weight, atol=0.1)
 
 
+@pytest.mark.every
 def test_directions_that_nobody_uses_cost_nothing(ids: Path, tmp_path: Path, clean: CleanProcess) -> None:
     """A stream that lies in 48 of 64 dimensions, none of them a channel: the principal components find it, channels and
     random directions do not.

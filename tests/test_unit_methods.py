@@ -70,7 +70,7 @@ def scores(method: str, axis: str, inputs: Tensor, output: Tensor, head_dim: int
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("axis", ["neurons", "heads"])
+@pytest.mark.parametrize("axis", ["neurons", pytest.param("heads", marks=pytest.mark.every)])
 @pytest.mark.parametrize("method", ["wanda_units", "flap", "transact"])
 def test_the_best_by_hand_are_kept(
     method: str, axis: str, model: Callable[..., Path], ids: Path, tmp_path: Path
@@ -264,6 +264,7 @@ def test_sequences_no_longer_than_what_is_skipped_are_refused(
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.every
 def test_masks_of_matrices_that_a_later_step_cuts_are_not_kept(
     model: Callable[..., Path], ids: Path, tmp_path: Path
 ) -> None:
